@@ -1,0 +1,210 @@
+"""What moves between the parts: readings, frames, asks and the events of an answer. Plain data, with units.
+
+Knows no socket, no model and no clock: whoever makes an event fills in its times.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iotd.errors import IotdError
+
+RGB = NDArray[np.uint8]
+"""An image, uint8 [H, W, 3], channels in the order red, green, blue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One line of sensor text, such as `23.4 °C` from `kitchen temperature`."""
+
+    source: str
+    """Label of the sensor, free of line breaks."""
+    text: str
+    """The value with its unit, free of line breaks."""
+    time_s: float
+    """When it arrived, seconds since the Unix epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One camera image."""
+
+    camera: str
+    """Label of the camera, by which an ask names it."""
+    rgb: RGB
+    time_s: float
+    """When it arrived, seconds since the Unix epoch."""
+
+
+Observation = Reading | Frame
+
+MAX_CAMERAS = 64
+"""Cameras kept apart at once; one more, and the one silent for longest is forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn. `temperature` 0 takes the most likely one."""
+
+    temperature: float = 0.7
+    top_p: float = 0.8
+    top_k: int = 20
+    """0 keeps the whole vocabulary."""
+    presence_penalty: float = 1.5
+    """Taken off the logit of every token already generated."""
+    seed: int | None = None
+    """The same seed, prompt and package give the same text; None draws one."""
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer; they are not part of it."""
+    thinking: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One question, with everything needed to answer it."""
+
+    question: str
+    arrived_s: float
+    """When the request arrived, on the monotonic clock (time.monotonic)."""
+    deadline_s: float
+    """When its answer must have ended, on the monotonic clock."""
+    images: tuple[RGB, ...] = ()
+    camera: str | None = None
+    """Puts the newest frame of this camera before the question."""
+    use_context: bool = True
+    """Ask over the warm stream of readings and frames; False asks the model alone."""
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+class FinishReason(Enum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    """The model ended its turn, or a stop string was met."""
+    LENGTH = "length"
+    """`max_tokens` were generated, or the context was full."""
+    BUDGET = "budget"
+    """The deadline came with some answer already given."""
+    CANCELLED = "cancelled"
+    """The caller went away."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens an answer took."""
+
+    context_tokens: int = 0
+    """Already in the warm context: these cost nothing."""
+    prompt_tokens: int = 0
+    """Prefilled for this ask, image tokens included."""
+    image_tokens: int = 0
+    generation_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of an answer went, in seconds."""
+
+    queue_s: float = 0.0
+    image_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    first_token_s: float = 0.0
+    """From arrival to the first piece of text; 0 where there was none."""
+    total_s: float = 0.0
+    """From arrival to the end of the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The ask is in the queue."""
+
+    request_id: str
+    queue_position: int
+    """Asks in front of this one, the running one included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of the answer: valid UTF-8, never a part of a character."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The answer ended well; nothing follows."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The answer ended with an error; nothing follows."""
+
+    error: IotdError
+
+
+AnswerEvent = Accepted | Delta | Done | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """What the engine is doing, at one moment."""
+
+    model: str
+    ready: bool
+    context_tokens: int
+    context_window: int
+    oldest_event_s: float
+    """Unix time of the oldest event in the context; 0 where it is empty."""
+    newest_event_s: float
+    queue_depth: int
+    """Asks waiting or running."""
+    backlog: int
+    """Readings and frames not yet read into the context."""
+    state_nbytes: int
+    counters: dict[str, int]
+    """Monotonic counts since start: readings, frames, dropped_readings, dropped_frames, context_swaps, asks,
+    prompt_tokens, generation_tokens, and so on."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStatus:
+    """What the link to the broker is doing, at one moment."""
+
+    connected: bool
+    broker: str
+    """`host:port`; empty where no broker is configured."""
+    protocol: str
+    """`5` or `3.1.1`; empty until connected."""
+    reconnects: int
+    counters: dict[str, int]
+    """Monotonic counts since start: messages, readings, frames, and each kind of drop."""
+
+
+class ServingState(Enum):
+    """Whether questions are taken."""
+
+    LOADING = "loading"
+    SERVING = "serving"
+    DRAINING = "draining"
+    """Running questions end, new ones are refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatus:
+    """What the daemon is doing, at one moment: what GetStatus answers."""
+
+    version: str
+    state: ServingState
+    uptime_s: float
+    resident_nbytes: int
+    engine: EngineStatus
+    link: LinkStatus | None
+    """None where no broker is configured."""
