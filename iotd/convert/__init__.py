@@ -1,0 +1,1 @@
+"""Offline: a Hugging Face checkpoint, or random weights, to a model package."""
