@@ -1,0 +1,159 @@
+"""Writes an ONNX graph while its weights stream to the external data file beside it.
+
+Knows operators and storage, not architectures: `convert.decoder` and `convert.vision` say what to compute.
+"""
+
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from iotd.convert.quantize import quantize
+from iotd.convert.weights import Matrix
+from iotd.model.package import Bits, Block, TableEntry
+
+MS = "com.microsoft"
+OPSET = 21
+INLINE_NBYTES = 4096
+ALIGNMENT = 4096  # onnxruntime maps external data by pages
+SLICE_ELEMENTS = 1 << 24  # weights are rounded in slices of rows of about this size: 64 MB as float32
+DTYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int64): TensorProto.INT64,
+}
+
+
+class GraphWriter:
+    """One graph under construction. Values are named by strings; weights go to `<path>.data` at once."""
+
+    def __init__(self, path: Path, *, bits: Bits, block: Block) -> None:
+        self.path = path
+        self.bits = bits
+        self.block = block
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._data: BinaryIO = self.data_path.open("wb")
+
+    @property
+    def data_path(self) -> Path:
+        return self.path.with_name(self.path.name + ".data")
+
+    def input(self, name: str, dtype: int, shape: tuple[int | str, ...]) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def output(self, name: str, dtype: int, shape: tuple[int | str, ...]) -> str:
+        self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def op(self, kind: str, *inputs: str, out: str = "", domain: str = "", **attributes: Any) -> str:
+        """Add a node with one output and return that output's name."""
+        return self.ops(kind, *inputs, outs=(out or f"{kind}.{len(self._nodes)}",), domain=domain, **attributes)[0]
+
+    def ops(
+        self, kind: str, *inputs: str, outs: tuple[str, ...], domain: str = "", **attributes: Any
+    ) -> tuple[str, ...]:
+        """Add a node with the outputs named, "" for one that is not wanted."""
+        name = next(out for out in outs if out)
+        self._nodes.append(helper.make_node(kind, inputs, outs, name=f"{kind}/{name}", domain=domain, **attributes))
+        return outs
+
+    def constant(self, name: str, values: NDArray[Any]) -> str:
+        """An initializer, stored once for each name."""
+        if name in self._initializers:
+            return name
+        if values.nbytes <= INLINE_NBYTES:
+            self._initializers[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        else:
+            self._declare(name, values.dtype, values.shape, self._write(values))
+        return name
+
+    def linear(
+        self, x: str, name: str, weight: Matrix, *, bias: NDArray[np.float32] | None = None, out: str = ""
+    ) -> str:
+        """Store a weight and multiply by it: x [..., columns] · weightᵀ (+ bias) → [..., rows]."""
+        self.table(name, weight)
+        return self.matmul(x, name, weight.columns, weight.rows, bias=bias, out=out)
+
+    def matmul(
+        self, x: str, name: str, columns: int, rows: int, *, bias: NDArray[np.float32] | None = None, out: str = ""
+    ) -> str:
+        """Multiply by a matrix that `table` stored, in the writer's number of bits."""
+        if self.bits == 32:
+            product = self.op("FusedMatMul", x, name, out="" if bias is not None else out, domain=MS, transB=1)
+            return product if bias is None else self.op("Add", product, self.constant(f"{name}.bias", bias), out=out)
+        inputs = [x, f"{name}.codes", f"{name}.scales"]
+        if bias is not None:
+            inputs += ["", "", self.constant(f"{name}.bias", bias)]
+        sizes = {"K": columns, "N": rows, "bits": self.bits, "block_size": self.block}
+        return self.op("MatMulNBits", *inputs, out=out, domain=MS, accuracy_level=4, **sizes)
+
+    def table(self, name: str, weight: Matrix) -> TableEntry:
+        """Store a matrix in the writer's number of bits and say where it lies."""
+        rows = max(1, SLICE_ELEMENTS // weight.columns)
+        slices = [(start, min(start + rows, weight.rows)) for start in range(0, weight.rows, rows)]
+        codes_offset = self._align()
+        if self.bits == 32:
+            for start, stop in slices:
+                self._data.write(weight.read(start, stop).tobytes())
+            self._declare(name, np.dtype(np.float32), (weight.rows, weight.columns), codes_offset)
+            return self._entry(codes_offset, 0)
+        scales = []
+        for start, stop in slices:
+            blocks = quantize(weight.read(start, stop), self.bits, self.block)
+            self._data.write(blocks.codes.tobytes())
+            scales.append(blocks.scales)
+        shape = (weight.rows, *blocks.codes.shape[1:])
+        self._declare(f"{name}.codes", np.dtype(np.uint8), shape, codes_offset)
+        all_scales = np.concatenate(scales)
+        scales_offset = self._write(all_scales)
+        self._declare(f"{name}.scales", all_scales.dtype, all_scales.shape, scales_offset)
+        return self._entry(codes_offset, scales_offset)
+
+    def __enter__(self) -> "GraphWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._data.close()
+        if kind is None:
+            self._save()
+
+    def _save(self) -> None:
+        """Write the graph itself. Its weights are on disk already."""
+        used = {name for node in self._nodes for name in node.input}
+        initializers = [tensor for name, tensor in self._initializers.items() if name in used]
+        graph = helper.make_graph(self._nodes, self.path.stem, self._inputs, self._outputs, initializers)
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MS, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="iotd", ir_version=10)
+        self.path.write_bytes(model.SerializeToString())
+
+    def _entry(self, codes_offset: int, scales_offset: int) -> TableEntry:
+        return TableEntry(
+            file=self.data_path.name,
+            bits=self.bits,
+            block=self.block,
+            codes_offset=codes_offset,
+            scales_offset=scales_offset,
+        )
+
+    def _align(self) -> int:
+        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
+        return self._data.tell()
+
+    def _write(self, values: NDArray[Any]) -> int:
+        offset = self._align()
+        self._data.write(np.ascontiguousarray(values).tobytes())
+        return offset
+
+    def _declare(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> None:
+        tensor = TensorProto(name=name, data_type=DTYPES[dtype], dims=shape, data_location=TensorProto.EXTERNAL)
+        length = dtype.itemsize * int(np.prod(shape))
+        for key, value in (("location", self.data_path.name), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+        self._initializers[name] = tensor

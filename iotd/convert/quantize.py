@@ -1,0 +1,66 @@
+"""Blockwise symmetric quantisation, in the layout of onnxruntime's MatMulNBits.
+
+Knows no file and no graph: float32 matrices in, codes and scales out.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Codes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+
+SMALLEST_SCALE = np.finfo(np.float32).tiny  # what is smaller has no finite inverse, and some kernels take it for zero
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A quantised matrix: W[n, k] ≈ (code − 2^(bits−1)) · scale of its block."""
+
+    codes: Codes
+    """uint8 [rows, blocks, block·bits/8]; for 4 bits the even element is in the low half of the byte."""
+    scales: Floats
+    """float32 [rows, blocks], each exactly representable in bfloat16."""
+    bits: int
+    columns: int
+
+
+def quantize(weight: Floats, bits: int, block: int) -> Blocks:
+    """Round a float32 [rows, columns] matrix to `bits` (4 or 8) with one scale per `block` of a row.
+
+    The last block is padded with zeros. The value of largest magnitude maps to the code of largest magnitude,
+    −2^(bits−1), so no code is wasted (the choice of llama.cpp's Q4_0); scales are rounded to bfloat16 first, because
+    ARM's KleidiAI kernels keep only that much of them.
+    """
+    rows, columns = weight.shape
+    blocks = -(-columns // block)
+    padded = np.zeros((rows, blocks * block), np.float32)
+    padded[:, :columns] = weight
+    grouped = padded.reshape(rows, blocks, block)
+    zero = 1 << (bits - 1)
+    extreme = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=2)[..., None], axis=2)[..., 0]
+    scales = _round_to_bfloat16((extreme / -zero).astype(np.float32))
+    scales[np.abs(scales) < SMALLEST_SCALE] = 0
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    codes = np.clip(np.rint(grouped * inverse[..., None]) + zero, 0, 2 * zero - 1).astype(np.uint8)
+    if bits == 4:
+        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return Blocks(np.ascontiguousarray(codes), scales, bits, columns)
+
+
+def dequantize(blocks: Blocks) -> Floats:
+    """The float32 [rows, columns] matrix that the codes stand for."""
+    codes = blocks.codes
+    if blocks.bits == 4:
+        codes = np.stack([codes & 0x0F, codes >> 4], axis=-1).reshape(*codes.shape[:2], -1)
+    values = (codes.astype(np.float32) - (1 << (blocks.bits - 1))) * blocks.scales[..., None]
+    return np.ascontiguousarray(values.reshape(len(codes), -1)[:, : blocks.columns])
+
+
+def _round_to_bfloat16(values: Floats) -> Floats:
+    """Nearest bfloat16, ties to even, kept as float32."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)

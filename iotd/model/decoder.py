@@ -1,0 +1,162 @@
+"""The recurrent decoder: advances a State in place over token embeddings, and gives logits where they are asked for.
+
+Past and present state are bound to the same buffers, which onnxruntime's kernels allow (bit-identical to separate ones)
+and which saves copying the whole state at every step.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from iotd.errors import ContextOverflow, InvalidInput, PackageError, StateMismatch
+from iotd.model.embedding import EmbeddingTable
+from iotd.model.package import DECODER, TableEntry
+from iotd.model.session import open_session
+from iotd.model.spec import ModelSpec
+from iotd.model.state import State
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+CHUNK = 128
+"""Most tokens in one run: the graph's activations grow with it, its speed hardly does beyond this."""
+
+
+class Decoder:
+    """One opened decoder graph. Not thread-safe: one thread owns it."""
+
+    def __init__(self, folder: Path, spec: ModelSpec, embedding: TableEntry, threads: int) -> None:
+        self.spec = spec
+        self._session = open_session(folder / DECODER, threads)
+        self._check_graph(folder / DECODER)
+        self._table = EmbeddingTable(folder, embedding, spec.vocab_size, spec.hidden_size)
+        self._embeds = np.zeros((1, CHUNK, spec.hidden_size), np.float32)
+        self._positions = np.zeros(3 * CHUNK, np.int64)
+        self._row = np.zeros(1, np.int64)
+        self._last = np.zeros(1, np.int32)
+        self._total = np.zeros(1, np.int32)
+        self._logits = np.zeros((1, 1, spec.vocab_size), np.float32)
+        self._bindings: WeakKeyDictionary[State, ort.IOBinding] = WeakKeyDictionary()
+        self._cos, self._sin = rotary_tables(spec, 0)
+
+    def prefill(self, state: State, token_ids: Sequence[int] | Ints, *, logits: bool = True) -> Floats | None:
+        """Read tokens, int64 [T], into the state. Returns float32 [V] after the last of them, or None without `logits`.
+
+        Raises ContextOverflow or InvalidInput before anything is run.
+        """
+        ids = self._checked_ids(token_ids)
+        self._check_room(state, len(ids))
+        for start in range(0, len(ids), CHUNK):
+            part = ids[start : start + CHUNK]
+            self._table.rows(part, self._embeds[0, : len(part)])
+            positions = np.broadcast_to(state.rope_position + np.arange(len(part)), (3, len(part)))
+            last = start + CHUNK >= len(ids)
+            self._run(state, positions, logits and last)
+            state.rope_position += len(part)
+        return self._logits[0, 0].copy() if logits else None
+
+    def step(self, state: State, token_id: int) -> Floats:
+        """Read one token. Returns float32 [V], a view that the next call overwrites."""
+        self._check_room(state, 1)
+        if not 0 <= token_id < self.spec.vocab_size:
+            raise InvalidInput(f"token id {token_id} is outside of the vocabulary of {self.spec.vocab_size}")
+        self._row[0] = token_id
+        self._table.rows(self._row, self._embeds[0, :1])
+        self._run(state, np.full((3, 1), state.rope_position), True)
+        state.rope_position += 1
+        logits: Floats = self._logits[0, 0]
+        return logits
+
+    def prefill_embeddings(
+        self, state: State, embeddings: Floats, positions: Ints, rope_span: int, *, logits: bool = False
+    ) -> Floats | None:
+        """Read float32 [n, D] at rotary offsets int64 [3, n] from the state's own, which then moves by `rope_span`.
+
+        Raises ContextOverflow before anything is run.
+        """
+        self._check_room(state, len(embeddings))
+        base = state.rope_position
+        for start in range(0, len(embeddings), CHUNK):
+            part = embeddings[start : start + CHUNK]
+            self._embeds[0, : len(part)] = part
+            last = start + CHUNK >= len(embeddings)
+            self._run(state, base + positions[:, start : start + CHUNK], logits and last)
+        state.rope_position = base + rope_span
+        return self._logits[0, 0].copy() if logits else None
+
+    def _run(self, state: State, positions: Ints, logits: bool) -> None:
+        """Advance the state over the embeddings in the input buffer, float32 [1, T, D], at rotary positions [3, T]."""
+        length = positions.shape[1]
+        self._positions[: 3 * length] = positions.reshape(-1)
+        self._row[0] = length - 1
+        binding = self._binding(state)
+        state.position += length
+        self._last[0] = state.position - 1
+        self._total[0] = state.position
+        binding.bind_input(
+            "inputs_embeds", "cpu", 0, np.float32, (1, length, self.spec.hidden_size), self._embeds.ctypes.data
+        )
+        binding.bind_input("position_ids", "cpu", 0, np.int64, (3, 1, length), self._positions.ctypes.data)
+        binding.bind_input("logit_rows", "cpu", 0, np.int64, (int(logits),), self._row.ctypes.data)
+        binding.bind_output(
+            "logits", "cpu", 0, np.float32, (1, int(logits), self.spec.vocab_size), self._logits.ctypes.data
+        )
+        self._session.run_with_iobinding(binding)
+
+    def _binding(self, state: State) -> ort.IOBinding:
+        binding = self._bindings.get(state)
+        if binding is None:
+            if state.spec is not self.spec:  # two models of one shape have equal specs
+                raise StateMismatch("this state belongs to another model")
+            binding = self._bindings[state] = self._bind(state)
+        return binding
+
+    def _bind(self, state: State) -> ort.IOBinding:
+        if len(self._cos) < state.capacity:
+            self._cos, self._sin = rotary_tables(self.spec, state.capacity)
+            self._bindings.clear()
+        binding = self._session.io_binding()
+        for name, tensor in state.tensors.items():
+            for bind, side in ((binding.bind_input, "past"), (binding.bind_output, "present")):
+                bind(f"{side}.{name}", "cpu", 0, np.float32, tensor.shape, tensor.ctypes.data)
+        for name, table in (("cos_table", self._cos), ("sin_table", self._sin)):
+            binding.bind_input(name, "cpu", 0, np.float32, table.shape, table.ctypes.data)
+        for name, scalar in (("last_position", self._last), ("total_positions", self._total)):
+            binding.bind_input(name, "cpu", 0, np.int32, (1,), scalar.ctypes.data)
+        return binding
+
+    def _check_graph(self, path: Path) -> None:
+        """What is bound by its address must have the shape that the graph takes it for."""
+        expected = {f"past.{name}": shape for name, shape in self.spec.state_shapes(0).items()}
+        expected |= {"inputs_embeds": (1, 0, self.spec.hidden_size), "logits": (1, 0, self.spec.vocab_size)}
+        expected |= {"cos_table": (0, self.spec.rotary_dim // 2), "sin_table": (0, self.spec.rotary_dim // 2)}
+        nodes = [*self._session.get_inputs(), *self._session.get_outputs()]
+        found = {node.name: [side if isinstance(side, int) else 0 for side in node.shape] for node in nodes}
+        for name, shape in expected.items():
+            if found.get(name) != list(shape):
+                raise PackageError(
+                    f"{path} has {name} of shape {found.get(name)}, its manifest {list(shape)}: convert it again"
+                )
+
+    def _checked_ids(self, token_ids: Sequence[int] | Ints) -> Ints:
+        ids = np.asarray(token_ids)
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+            raise InvalidInput("a prefill takes token ids, at least one of them")
+        if ids.min() < 0 or ids.max() >= self.spec.vocab_size:
+            raise InvalidInput(f"a token id is outside of the vocabulary of {self.spec.vocab_size}")
+        return ids.astype(np.int64, copy=False)
+
+    def _check_room(self, state: State, needed: int) -> None:
+        if needed > state.available:
+            raise ContextOverflow(needed, state.available)
+
+
+def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Floats, Floats]:
+    """cos and sin, float32 [positions, rotary_dim / 2], of position · theta^(−2i / rotary_dim) (RoFormer, eq. 15)."""
+    exponents = np.arange(0, spec.rotary_dim, 2, dtype=np.float32) / spec.rotary_dim
+    inverse = (1.0 / np.power(np.float32(spec.rope_theta), exponents)).astype(np.float32)
+    angles = np.arange(positions, dtype=np.float32)[:, None] * inverse
+    return np.cos(angles), np.sin(angles)

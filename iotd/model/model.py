@@ -1,0 +1,178 @@
+"""The model as the rest of iotd sees it: one opened package, with what is needed to read and to answer."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iotd.errors import ContextOverflow, InvalidInput
+from iotd.events import RGB, Sampling
+from iotd.model.chat import ChatTemplate, Message
+from iotd.model.decoder import Decoder
+from iotd.model.generation import Generation
+from iotd.model.package import CHAT, TOKENIZER, Manifest, read_manifest, verify
+from iotd.model.sampling import check_sampling
+from iotd.model.spec import ModelSpec
+from iotd.model.state import State
+from iotd.model.tokenizer import Tokenizer
+from iotd.model.vision import Grid, VisionEncoder, check_image
+
+Floats = NDArray[np.float32]
+Tokens = Sequence[int] | NDArray[np.int64]
+ALL = slice(None)
+
+
+class Model:
+    """A package opened for inference on the CPU. Not thread-safe: one thread owns it."""
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int, max_image_pixels: int | None) -> None:
+        self.manifest = manifest
+        self.tokenizer = Tokenizer.open(folder / TOKENIZER)
+        self.chat = ChatTemplate.from_json((folder / CHAT).read_bytes())
+        self._decoder = Decoder(folder, manifest.spec, manifest.embedding, threads)
+        self._folder = folder
+        self._threads = threads
+        self._max_image_pixels = max_image_pixels
+        self._vision: VisionEncoder | None = None
+
+    @classmethod
+    def open(cls, path: Path | str, *, threads: int = 2, max_image_pixels: int | None = None) -> "Model":
+        """Open the package in the folder `path`, checking its files against its manifest.
+
+        `max_image_pixels` bounds the size images are resized to, below the package's own bound.
+        Raises PackageError for what is no package, damaged, or of another format.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        verify(folder, manifest)
+        return cls(folder, manifest, threads, max_image_pixels)
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name and the recipe, for people to read."""
+        return f"{self.manifest.name} {self.manifest.recipe.name}"
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.manifest.spec
+
+    @property
+    def has_vision(self) -> bool:
+        return self.spec.vision is not None
+
+    def new_state(self, capacity: int = 2048) -> State:
+        """An empty state for up to `capacity` tokens, all of its memory allocated now."""
+        return State(self.spec, capacity)
+
+    @overload
+    def prefill(self, state: State, token_ids: Tokens, *, logits: Literal[True] = True) -> Floats: ...
+    @overload
+    def prefill(self, state: State, token_ids: Tokens, *, logits: bool) -> Floats | None: ...
+    def prefill(self, state: State, token_ids: Tokens, *, logits: bool = True) -> Floats | None:
+        """Read tokens, int64 [T]. Returns float32 [V] after the last of them, or None without `logits`.
+
+        Raises ContextOverflow before anything is run. Any chunking of the same tokens gives the same state, but for
+        the last bits of floating point.
+        """
+        return self._decoder.prefill(state, token_ids, logits=logits)
+
+    def step(self, state: State, token_id: int) -> Floats:
+        """Read one token. Returns float32 [V], which the next call overwrites."""
+        return self._decoder.step(state, token_id)
+
+    def image_grid(self, shape: tuple[int, ...]) -> Grid:
+        """Patches (t, h, w) of an image of shape [H, W, …], after its resize."""
+        return self._encoder().grid(shape[0], shape[1])
+
+    def image_tokens(self, grid: Grid) -> int:
+        """Tokens that an image of this grid takes."""
+        return self._encoder().n_tokens(grid)
+
+    def encode_image(self, rgb: RGB) -> Floats:
+        """uint8 [H, W, 3] → float32 [n, D]: resized, normalised and encoded as the checkpoint's processor does it."""
+        return self._encoder().encode(rgb)
+
+    def prefill_embeddings(
+        self, state: State, embeddings: Floats, *, grid: Grid, rows: slice = ALL, logits: bool = False
+    ) -> Floats | None:
+        """Read an image's embeddings, float32 [n, D], placing them with M-RoPE by its grid.
+
+        `rows` reads a part of them; the parts must follow each other up to the last row, with nothing read between.
+        Raises ContextOverflow or InvalidInput before anything is run.
+        """
+        offsets, span = self._encoder().rope_offsets(grid)
+        if (wanted := (offsets.shape[1], self.spec.hidden_size)) != embeddings.shape:
+            raise InvalidInput(f"embeddings of the grid {grid} are {list(wanted)}, not {list(embeddings.shape)}")
+        last = rows.indices(len(embeddings))[1] == len(embeddings)
+        part = embeddings[rows], offsets[:, rows]
+        return self._decoder.prefill_embeddings(state, *part, span if last else 0, logits=logits)
+
+    def generation(self, state: State, logits: Floats, sampling: Sampling) -> Generation:
+        """An answer that goes on from `state` and its last logits, one token a step."""
+        return Generation(self._decoder, state, logits, sampling, self.tokenizer.stream(), self.spec.eos_token_ids)
+
+    def generate(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.7,
+        top_p: float = 0.8,
+        top_k: int = 20,
+        presence_penalty: float = 1.5,
+        seed: int | None = None,
+        stop: Sequence[str] | str = (),
+        thinking: bool = False,
+        capacity: int | None = None,
+    ) -> Iterator[str]:
+        """Answer a conversation, yielding valid UTF-8 pieces of text.
+
+        `messages` are those of the checkpoint's chat template; `content` is a text, or parts of type `text` and `image`
+        (uint8 [H, W, 3]). `capacity` bounds prompt and answer together; by default it is what they need at most.
+        Raises ContextOverflow before anything is run where the prompt does not fit, and InvalidInput for a message or
+        an option that cannot be used.
+        """
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        sampling = Sampling(temperature, top_p, top_k, presence_penalty, seed, max_tokens, stops, thinking)
+        check_sampling(sampling)
+        parts = self._parts(messages, thinking)
+        needed = sum(self._n_tokens(part) for part in parts)
+        if capacity is not None and needed > capacity:
+            raise ContextOverflow(needed, capacity, field="messages")
+        state = self.new_state(capacity or needed + max_tokens)
+        return self._answer(state, parts, sampling)
+
+    def _answer(self, state: State, parts: Sequence[list[int] | RGB], sampling: Sampling) -> Iterator[str]:
+        logits: Floats | None = None
+        for i, part in enumerate(parts):
+            if isinstance(part, list):
+                logits = self.prefill(state, part, logits=i + 1 == len(parts))
+            else:
+                self.prefill_embeddings(state, self.encode_image(part), grid=self.image_grid(part.shape))
+        assert logits is not None  # a rendered prompt ends with the opening of the answer
+        generation = self.generation(state, logits, sampling)
+        while not generation.done:
+            if piece := generation.step():
+                yield piece
+        if piece := generation.flush():
+            yield piece
+
+    def _parts(self, messages: Sequence[Message], thinking: bool) -> list[list[int] | RGB]:
+        """The prompt as runs of token ids and images between them."""
+        return self.chat.tokenize(self.chat.render(messages, thinking), self.tokenizer)
+
+    def _n_tokens(self, part: list[int] | RGB) -> int:
+        if isinstance(part, list):
+            return len(part)
+        check_image(part)
+        return self.image_tokens(self.image_grid(part.shape))
+
+    def _encoder(self) -> VisionEncoder:
+        """The vision graph, opened when the first image comes."""
+        if self._vision is None:
+            if self.spec.vision is None:
+                raise InvalidInput(f"{self.name} was converted without vision: ask it without images", field="images")
+            self._vision = VisionEncoder(self._folder, self.spec.vision, self._threads, self._max_image_pixels)
+        return self._vision

@@ -1,0 +1,172 @@
+"""The model package on disk: its manifest, and the check that every file is the one that was written.
+
+Knows nothing of graphs or tokens; `iotd.convert` writes the same manifest that this module reads.
+"""
+
+import hashlib
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from iotd.errors import PackageError
+from iotd.model.spec import ModelSpec
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+DECODER = "decoder.onnx"
+VISION = "vision.onnx"
+TOKENIZER = "tokenizer.bin"
+CHAT = "chat.json"
+
+
+Bits = Literal[4, 8, 32]
+Block = Literal[16, 32, 64, 128, 256]
+Offset = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
+    sha256: str
+    nbytes: int
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True):
+    """How the large matrices are stored. `bits` 32 keeps them float32; `block` is along the input axis."""
+
+    name: str
+    bits: Bits
+    vision_bits: Bits
+    block: Block = 32
+
+
+class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the embedding's rows lie: `bits`-wide codes (or float32) and, for codes, one float32 scale per block."""
+
+    file: str
+    bits: Bits
+    block: Block
+    codes_offset: Offset
+    scales_offset: Offset
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    repo: str
+    revision: str = ""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    format: int
+    tool: str
+    name: str
+    source: Source
+    recipe: Recipe
+    spec: ModelSpec
+    embedding: TableEntry
+    files: dict[str, FileEntry]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, readable by a person."""
+    text = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    (folder / MANIFEST).write_bytes(text + b"\n")
+
+
+def hash_file(path: Path) -> FileEntry:
+    """SHA-256 and size of a file, read in pieces."""
+    with path.open("rb") as file:
+        return FileEntry(sha256=hashlib.file_digest(file, "sha256").hexdigest(), nbytes=path.stat().st_size)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a package's manifest; file sizes are compared, hashes are not.
+
+    Raises PackageError where the folder is no package, was written in another format, or a file has the wrong size.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise PackageError(
+            f"{folder} is not a model package ({error.strerror}: {MANIFEST}): make one with `iotd convert`"
+        ) from error
+    _check_format(folder, raw)
+    try:
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except ValueError as error:  # msgspec's own errors, and what is no UTF-8
+        raise PackageError(f"{path} is damaged: {error}; convert the checkpoint again") from error
+    for name in _needed(manifest) - manifest.files.keys():
+        raise PackageError(f"{path} is damaged: it lists no {name}; convert the checkpoint again")
+    for name, entry in manifest.files.items():
+        _check_size(folder / name, entry)
+    return manifest
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Compare every file's SHA-256 with the manifest, once per install: a good result is remembered by size and mtime.
+
+    Raises PackageError naming the first file that differs.
+    """
+    stamp = _stamp(folder, manifest)
+    marker = _cache_folder() / f"verified-{stamp[:32]}"
+    if os.path.exists(marker):  # noqa: PTH110 - Path.exists raises where a folder above may not be read
+        return
+    for name, entry in manifest.files.items():
+        _check_hash(folder / name, entry)
+    with suppress(OSError):  # nowhere to remember it: the next start hashes again
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+
+
+def _check_format(folder: Path, raw: bytes) -> None:
+    class Versioned(msgspec.Struct):
+        format: int
+
+    try:
+        found = msgspec.json.decode(raw, type=Versioned).format
+    except ValueError as error:
+        raise PackageError(f"{folder / MANIFEST} is damaged: {error}; convert the checkpoint again") from error
+    if found != FORMAT:
+        raise PackageError(
+            f"{folder} has package format {found}, this iotd reads {FORMAT}; convert the checkpoint again"
+        )
+
+
+def _check_size(path: Path, entry: FileEntry) -> None:
+    try:
+        nbytes = path.stat().st_size
+    except OSError as error:
+        raise PackageError(f"{path} is missing; convert or copy the package again") from error
+    if nbytes != entry.nbytes:
+        raise PackageError(f"{path} has {nbytes} bytes, its manifest says {entry.nbytes}; convert or copy it again")
+
+
+def _check_hash(path: Path, entry: FileEntry) -> None:
+    try:
+        found = hash_file(path).sha256
+    except OSError as error:
+        raise PackageError(f"cannot read {path}: {error.strerror}") from error
+    if found != entry.sha256:
+        raise PackageError(f"{path} is damaged (its SHA-256 is not the manifest's); convert or copy it again")
+
+
+def _needed(manifest: Manifest) -> set[str]:
+    """Files that no package of this kind is without."""
+    return {DECODER, TOKENIZER, CHAT, manifest.embedding.file} | ({VISION} if manifest.spec.vision else set())
+
+
+def _stamp(folder: Path, manifest: Manifest) -> str:
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for name, entry in sorted(manifest.files.items()):
+        stat = (folder / name).stat()
+        digest.update(f"{name} {entry.sha256} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode())
+    return digest.hexdigest()
+
+
+def _cache_folder() -> Path:
+    """systemd's CACHE_DIRECTORY, else the XDG cache."""
+    if folder := os.environ.get("CACHE_DIRECTORY"):
+        return Path(folder.split(":")[0])
+    # Unlike Path.home, expanduser does not raise for a user without a home.
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "iotd"  # noqa: PTH111

@@ -1,0 +1,79 @@
+"""Draws the next token from logits. Penalty, temperature, top-k and top-p are applied in that order, as vLLM does."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iotd.errors import InvalidInput
+from iotd.events import Sampling
+
+Floats = NDArray[np.float32]
+BLOCK = 256
+GREEDY_TEMPERATURE = 1e-5
+
+
+class Sampler:
+    """A sampler for one answer: it remembers which tokens it has drawn."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+        self._drawn: set[int] = set()
+
+    def draw(self, logits: Floats) -> int:
+        """A token id from float32 [V] logits, which are left as they are."""
+        token = self._choose(self._penalised(logits))
+        self._drawn.add(token)
+        return token
+
+    def _penalised(self, logits: Floats) -> Floats:
+        if not self._drawn or self._sampling.presence_penalty == 0:
+            return logits
+        penalised = logits.copy()
+        penalised[list(self._drawn)] -= self._sampling.presence_penalty
+        return penalised
+
+    def _choose(self, logits: Floats) -> int:
+        sampling = self._sampling
+        if sampling.temperature < GREEDY_TEMPERATURE or sampling.top_k == 1:
+            return int(logits.argmax())
+        candidates = top_k(logits, sampling.top_k or len(logits))
+        scaled = logits[candidates].astype(np.float64) / sampling.temperature
+        odds = np.exp(scaled - scaled[0])
+        odds /= odds.sum()
+        keep = max(1, int(np.searchsorted(np.cumsum(odds), sampling.top_p) + 1))
+        cumulative = np.cumsum(odds[:keep])
+        return int(candidates[np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")])
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises InvalidInput naming the option that is out of its range."""
+    for name, good, allowed in (
+        ("max_tokens", sampling.max_tokens >= 1, "at least 1"),
+        ("temperature", 0 <= sampling.temperature < math.inf, "0 or more"),
+        ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+        ("top_k", sampling.top_k >= 0, "0 or more"),
+        ("presence_penalty", -2 <= sampling.presence_penalty <= 2, "from -2 to 2"),
+        ("seed", sampling.seed is None or sampling.seed >= 0, "0 or more"),
+    ):
+        if not good:
+            raise InvalidInput(f"{name} is {getattr(sampling, name)}: it must be {allowed}", field=f"sampling.{name}")
+
+
+def top_k(logits: Floats, k: int) -> NDArray[np.intp]:
+    """Indices of the k largest of float32 [V], largest first.
+
+    The k largest lie in the k blocks with the largest maxima, so only those blocks are looked into: on a vocabulary of
+    248,320 that is one pass for the maxima instead of a partition of the whole.
+    """
+    blocks = len(logits) // BLOCK
+    if k >= blocks:
+        candidates = np.arange(len(logits))
+    else:
+        maxima = logits[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
+        chosen = np.argpartition(maxima, -k)[-k:]
+        inside = (chosen[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
+        candidates = np.concatenate([inside, np.arange(blocks * BLOCK, len(logits))])
+    order = np.argsort(-logits[candidates], kind="stable")[:k]
+    return candidates[order]
