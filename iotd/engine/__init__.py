@@ -1,0 +1,6 @@
+"""The thread that owns the model: its warm context, and the asks over it."""
+
+from iotd.engine.call import Sink, Ticket
+from iotd.engine.engine import Engine
+
+__all__ = ["Engine", "Sink", "Ticket"]

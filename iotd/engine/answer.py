@@ -1,0 +1,147 @@
+"""Answering one ask on a fork of the context, as units of work between which it can be stopped.
+
+A unit is a fork, a chunk of prompt, an image encoded, or a step of decoding. Knows no queue and no thread.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from iotd.counters import Counters
+from iotd.engine.backlog import Backlog
+from iotd.engine.call import Call, Unit
+from iotd.engine.context import Context
+from iotd.engine.entry import Chunk, Part, Rows, chunks, count_tokens
+from iotd.engine.feed import Floats, encode, feed
+from iotd.engine.lines import Lines
+from iotd.errors import ContextOverflow, NotFound
+from iotd.events import FinishReason
+from iotd.model import Model
+from iotd.model.generation import Generation
+from iotd.model.state import State
+
+
+@dataclass(frozen=True, slots=True)
+class Kit:
+    """What every answer is made with."""
+
+    model: Model
+    lines: Lines
+    context: Context
+    backlog: Backlog
+    fork: State
+    """The one state that answers run on; one answer at a time."""
+    image_tokens: int
+    """Most tokens that the images of one ask take together."""
+    chunk_tokens: int
+    clock: Callable[[], float]
+    counters: Counters
+
+
+class Answer:
+    """One answer in the making."""
+
+    def __init__(self, call: Call, kit: Kit) -> None:
+        self._call = call
+        self._kit = kit
+        self._generation: Generation | None = None
+        self._units = self._work()
+
+    def advance(self) -> FinishReason | None:
+        """Run one unit, unless the ask is cancelled or its deadline has come. Returns why it ended, once it has.
+
+        Raises ContextOverflow, NotFound or InvalidInput before anything ran, where it cannot be answered.
+        """
+        reason = self._stopped()
+        if reason is None:
+            next(self._units)
+            reason = self._finished()
+        if reason is not None and self._generation is not None:
+            self._say(self._generation.flush())
+        return reason
+
+    def _stopped(self) -> FinishReason | None:
+        if self._call.cancelled:
+            return FinishReason.CANCELLED
+        return FinishReason.BUDGET if self._call.expired(self._kit.clock()) else None
+
+    def _finished(self) -> FinishReason | None:
+        return None if self._generation is None else self._generation.finish_reason
+
+    def _work(self) -> Iterator[None]:
+        prompt = self._prompt()
+        self._fork()
+        yield
+        for chunk in prompt[:-1]:
+            yield from self._encode(chunk)
+            self._feed(chunk)
+            yield
+        logits = self._feed(prompt[-1], logits=True)
+        assert logits is not None
+        self._generation = self._kit.model.generation(self._kit.fork, logits, self._call.ask.sampling)
+        while True:
+            yield
+            self._step(self._generation)
+
+    def _encode(self, chunk: Chunk) -> Iterator[None]:
+        if isinstance(chunk, Rows) and chunk.image.embedding is None:
+            with self._timed("image_s"):
+                encode(self._kit.model, chunk.image)
+            self._kit.counters.add("images_encoded")
+            yield
+
+    def _feed(self, chunk: Chunk, *, logits: bool = False) -> Floats | None:
+        with self._timed("prefill_s"):
+            found = feed(self._kit.model, self._kit.fork, chunk, logits=logits)
+        n_tokens = count_tokens([chunk])
+        self._call.meter.prompt_tokens += n_tokens
+        if isinstance(chunk, Rows):
+            self._call.meter.image_tokens += n_tokens
+        return found
+
+    def _step(self, generation: Generation) -> None:
+        with self._timed("decode_s"):
+            piece = generation.step()
+        self._call.meter.generation_tokens = generation.n_tokens
+        self._say(piece)
+
+    def _prompt(self) -> list[Chunk]:
+        """The whole prompt in chunks. Raises where something is missing or does not fit; nothing has run by then."""
+        ask, kit = self._call.ask, self._kit
+        parts: list[Part] = [] if ask.use_context else [kit.context.opening]
+        if ask.camera is not None:
+            parts.extend(self._camera(ask.camera))
+        each = kit.image_tokens // max(len(ask.images), 1)
+        images = [kit.lines.image(rgb, each) for rgb in ask.images]
+        parts.extend(kit.lines.question(ask.question, images, thinking=ask.sampling.thinking))
+        position = kit.context.live.position if ask.use_context else 0
+        needed = count_tokens(parts)
+        if position + needed >= kit.fork.capacity:
+            raise ContextOverflow(needed, kit.fork.capacity - position - 1)
+        return list(chunks(parts, kit.chunk_tokens))
+
+    def _camera(self, camera: str) -> tuple[Part, ...]:
+        shot = self._kit.backlog.newest(camera)
+        if shot is None:
+            raise NotFound(f"camera {camera!r} is not known any more")
+        return self._kit.lines.frame(shot).parts
+
+    def _fork(self) -> None:
+        with self._timed("prefill_s"):
+            if self._call.ask.use_context:
+                self._kit.context.live.copy_into(self._kit.fork)
+            else:
+                self._kit.fork.reset()
+        self._call.meter.context_tokens = self._kit.fork.position
+
+    def _say(self, piece: str) -> None:
+        self._call.speak(piece, self._kit.clock())
+
+    @contextmanager
+    def _timed(self, name: Literal["image_s", "prefill_s", "decode_s"]) -> Iterator[None]:
+        """Add what the block takes to a part of the call's time."""
+        meter, began_s = self._call.meter, self._kit.clock()
+        meter.unit = Unit(name.removesuffix("_s"), began_s)
+        yield
+        setattr(meter, name, getattr(meter, name) + self._kit.clock() - began_s)

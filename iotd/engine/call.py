@@ -1,0 +1,145 @@
+"""One ask on its way through the engine: who waits for it, whether it has ended, and where its time went.
+
+Knows no model and no queue. Two threads touch a call (the model's and the one that watches deadlines), so its end is
+decided under a lock: exactly one Done or Failed, and no Delta after it.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from iotd.errors import DeadlineExceeded
+from iotd.events import Accepted, AnswerEvent, Ask, Delta, Done, Failed, FinishReason, Timings, Usage
+
+log = logging.getLogger(__name__)
+
+Sink = Callable[[AnswerEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A unit of work, from its beginning."""
+
+    name: str
+    began_s: float
+
+
+@dataclass(slots=True)
+class Meter:
+    """What an answer took so far: seconds and tokens, written by the model's thread alone."""
+
+    started_s: float | None = None
+    """When the ask left the queue, on the engine's clock."""
+    image_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    first_token_s: float = 0.0
+    unit: Unit | None = None
+    """The one that runs, or ran last."""
+    context_tokens: int = 0
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    generation_tokens: int = 0
+
+
+class Call:
+    """An ask with its sink."""
+
+    def __init__(self, ask: Ask, sink: Sink, request_id: str) -> None:
+        self.ask = ask
+        self.request_id = request_id
+        self.meter = Meter()
+        self.cancelled = False
+        self._sink = sink
+        self._lock = threading.Lock()
+        self._ended = False
+        self._spoke = False
+
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    @property
+    def spoke(self) -> bool:
+        """Some text has been given."""
+        return self._spoke
+
+    def expired(self, now_s: float) -> bool:
+        return now_s >= self.ask.deadline_s
+
+    def speak(self, text: str, now_s: float) -> None:
+        """Give a piece of the answer; nothing happens where it is empty or the call has ended."""
+        with self._lock:
+            if self._ended or not text:
+                return
+            if not self._spoke:
+                self._spoke = True
+                self.meter.first_token_s = now_s - self.ask.arrived_s
+            self._send(Delta(text))
+
+    def end(self, event: Done | Failed, *, only_if_silent: bool = False) -> bool:
+        """End the call. False where it had ended before, or, with `only_if_silent`, where text was given already."""
+        with self._lock:
+            if self._ended or (only_if_silent and self._spoke):
+                return False
+            self._ended = True
+            self._send(event)
+            return True
+
+    def done(self, reason: FinishReason, now_s: float) -> Done:
+        return Done(reason, self.usage(), self.timings(now_s))
+
+    def overdue(self, now_s: float) -> Done | Failed:
+        """How a call ends whose deadline has come: with what was said, or with an error."""
+        if self._spoke:
+            return self.done(FinishReason.BUDGET, now_s)
+        budget_s = self.ask.deadline_s - self.ask.arrived_s
+        where = "in the queue" if self.meter.started_s is None else "before the first piece of the answer"
+        return Failed(DeadlineExceeded(f"the budget of {budget_s:.3g} s ended {where}"))
+
+    def trace(self) -> str:
+        """Where the time went until the deadline, in words for the log; nothing of the question."""
+        m, ask = self.meter, self.ask
+        if m.started_s is None:
+            return f"all {ask.deadline_s - ask.arrived_s:.2f} s in the queue"
+        spent = f"queue {m.started_s - ask.arrived_s:.2f} s, image {m.image_s:.2f} s, prefill {m.prefill_s:.2f} s"
+        if m.unit is None:
+            return spent
+        return f"{spent}; last unit {m.unit.name}, begun {ask.deadline_s - m.unit.began_s:.2f} s before the deadline"
+
+    def usage(self) -> Usage:
+        m = self.meter
+        return Usage(m.context_tokens, m.prompt_tokens, m.image_tokens, m.generation_tokens)
+
+    def timings(self, now_s: float) -> Timings:
+        m, arrived_s = self.meter, self.ask.arrived_s
+        started_s = now_s if m.started_s is None else m.started_s
+        return Timings(
+            queue_s=started_s - arrived_s,
+            image_s=m.image_s,
+            prefill_s=m.prefill_s,
+            decode_s=m.decode_s,
+            first_token_s=m.first_token_s,
+            total_s=now_s - arrived_s,
+        )
+
+    def _send(self, event: AnswerEvent) -> None:
+        try:
+            self._sink(event)
+        except Exception:
+            log.exception("the receiver of answer %s failed; the ask is cancelled", self.request_id)
+            self.cancelled = True
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What the asker holds while its answer is made."""
+
+    accepted: Accepted
+    cancel: Callable[[], None]
+    """Stops the ask within one step, from any thread; it then ends as CANCELLED. Harmless after its end."""
+
+    @property
+    def request_id(self) -> str:
+        return self.accepted.request_id

@@ -1,0 +1,188 @@
+"""The warm context: one open user's turn that holds the newest history, between half a window and a window of it.
+
+It owns two states and the few events it may need again, and is worked one unit at a time. It knows no clock, no queue
+and no ask. Whatever `live` holds is whole: an event that takes more than one chunk is read into the spare state, which
+then takes `live`'s place, so that a fork never begins in the middle of a line.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from iotd.counters import Counters
+from iotd.engine.entry import Chunk, Entry, Part, Rows, Tokens, chunks, count_tokens
+from iotd.engine.feed import encode, feed
+from iotd.engine.lines import Lines
+from iotd.errors import ConfigError
+from iotd.model import Model
+from iotd.model.state import State
+
+log = logging.getLogger(__name__)
+
+SLACK_TOKENS = 64
+"""A successor may exceed the window by a date line, where system prompt and events are as long as they may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the context holds, for any thread to look at."""
+
+    n_tokens: int = 0
+    oldest_s: float = 0.0
+    """Unix time of the oldest event in it; 0 where it holds none."""
+    newest_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Job:
+    """Chunks on their way into a state, and what the context will be once all are read."""
+
+    target: State
+    chunks: deque[Chunk]
+    new: list[Entry]
+    """Events read for the first time."""
+    oldest_s: float
+    day: str
+    rebuilds: bool = False
+
+
+class Context:
+    """Reads entries into `live`, and builds its successor when the window is full."""
+
+    def __init__(
+        self,
+        model: Model,
+        lines: Lines,
+        *,
+        system: str,
+        window: int,
+        chunk_tokens: int,
+        counters: Counters,
+    ) -> None:
+        self._model = model
+        self._lines = lines
+        self._window = window
+        self._chunk_tokens = chunk_tokens
+        self._counters = counters
+        self.opening: Tokens = lines.opening(system)
+        if len(self.opening) > window // 4:
+            raise ConfigError(
+                f"the system prompt takes {len(self.opening)} tokens, more than a quarter of the window of {window}",
+                field="context.system",
+            )
+        self.live = model.new_state(window + SLACK_TOKENS)
+        self._spare = model.new_state(window + SLACK_TOKENS)
+        self._history: deque[Entry] = deque()
+        self._history_tokens = 0
+        self._day = ""
+        self._job: _Job | None = None
+        self.view = View()
+        self._rebuild([])
+
+    @property
+    def busy(self) -> bool:
+        """A job is under way; nothing can be appended before it has ended."""
+        return self._job is not None
+
+    @property
+    def nbytes(self) -> int:
+        return self.live.nbytes + self._spare.nbytes
+
+    def open(self) -> None:
+        """Read the system prompt."""
+        while self.busy:
+            self.advance()
+
+    def append(self, entries: list[Entry]) -> None:
+        """Plan to read new events; `advance` does it. Must not be called while busy."""
+        assert self._job is None
+        parts, day = self._dated(entries, self._day)
+        n_tokens = count_tokens(parts)
+        if self.live.position + n_tokens > self._window:
+            self._rebuild(entries)
+            return
+        target = self.live
+        if n_tokens > self._chunk_tokens or any(entry.has_image for entry in entries):
+            target = self._spare
+            self.live.copy_into(target)
+        oldest_s = self.view.oldest_s or entries[0].time_s
+        self._job = _Job(target, deque(chunks(parts, self._chunk_tokens)), entries, oldest_s, day)
+
+    def advance(self) -> None:
+        """Read one chunk, or encode one image, of the job under way. Raises what the model raises."""
+        job = self._job
+        assert job is not None
+        chunk = job.chunks[0]
+        if isinstance(chunk, Rows) and chunk.image.embedding is None:
+            encode(self._model, chunk.image)
+            self._counters.add("images_encoded")
+            return
+        feed(self._model, job.target, chunk)
+        self._counters.add("context_tokens_read", count_tokens([chunk]))
+        job.chunks.popleft()
+        if not job.chunks:
+            self._commit(job)
+
+    def abandon(self) -> int:
+        """Give up a job that failed, and mend the context. Returns how many events are lost by it."""
+        job, self._job = self._job, None
+        assert job is not None
+        lost = len(job.new)
+        if job.rebuilds and not lost:
+            lost = len(self._history)
+            if lost == 0:
+                return 0
+            self._history.clear()
+            self._history_tokens = 0
+        if job.rebuilds or job.target is self.live:
+            self._rebuild([])
+        return lost
+
+    def _rebuild(self, new: list[Entry]) -> None:
+        """Plan a successor from the newest events: half a window of them at least, `new` included."""
+        kept: deque[Entry] = deque()
+        n_tokens = 0
+        day = ""
+        for entry in reversed([*self._history, *new]):
+            if n_tokens >= self._window // 2:
+                break
+            n_tokens += entry.n_tokens
+            if entry.day != day:
+                day = entry.day
+                n_tokens += len(self._lines.date(day))
+            kept.appendleft(entry)
+        parts, last_day = self._dated(kept, "")
+        self._spare.reset()
+        oldest_s = kept[0].time_s if kept else 0.0
+        run = deque(chunks([self.opening, *parts], self._chunk_tokens))
+        self._job = _Job(self._spare, run, new, oldest_s, last_day, rebuilds=True)
+
+    def _dated(self, entries: Iterable[Entry], day: str) -> tuple[list[Part], str]:
+        """The entries' parts with a date line wherever the day changes, and the day at the end."""
+        parts: list[Part] = []
+        for entry in entries:
+            if entry.day != day:
+                day = entry.day
+                parts.append(self._lines.date(day))
+            parts.extend(entry.parts)
+        return parts, day
+
+    def _commit(self, job: _Job) -> None:
+        if job.target is self._spare:
+            self.live, self._spare = self._spare, self.live
+        if job.rebuilds and job.oldest_s:
+            self._counters.add("context_swaps")
+        self._job = None
+        self._day = job.day
+        self._remember(job.new)
+        newest_s = self._history[-1].time_s if self._history else 0.0
+        self.view = View(self.live.position, job.oldest_s, newest_s)
+
+    def _remember(self, new: list[Entry]) -> None:
+        """Keep what the next successor may be built from, and no more."""
+        for entry in new:
+            self._history.append(entry)
+            self._history_tokens += entry.n_tokens
+        while self._history and self._history_tokens - self._history[0].n_tokens >= self._window // 2:
+            self._history_tokens -= self._history.popleft().n_tokens

@@ -1,0 +1,229 @@
+"""The engine: one thread that owns the model, reading the stream in idle time and answering asks inside their budgets.
+
+Everything else talks to it through `observe` and `submit`, which never block. Knows no broker and no RPC.
+"""
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+
+from iotd.config import AskConfig, ContextConfig
+from iotd.counters import Counters
+from iotd.engine.answer import Kit
+from iotd.engine.asks import Asks
+from iotd.engine.backlog import Backlog
+from iotd.engine.call import Call, Sink, Ticket
+from iotd.engine.context import Context
+from iotd.engine.lines import Lines
+from iotd.engine.reader import Reader
+from iotd.engine.worker import Worker
+from iotd.errors import InvalidInput, NotFound
+from iotd.events import MAX_CAMERAS, Accepted, Ask, EngineStatus, Frame, Observation
+from iotd.model import Model
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+"""An idle engine shows that it lives this often."""
+JOIN_S = 30.0
+"""How long a stop waits for the unit of work in hand."""
+COUNTS = (
+    "asks",
+    "asks_stop",
+    "asks_length",
+    "asks_budget",
+    "asks_cancelled",
+    "asks_expired",
+    "asks_failed",
+    "asks_rejected",
+    "context_swaps",
+    "context_tokens_read",
+    "cut_readings",
+    "defects",
+    "dropped_frames",
+    "dropped_readings",
+    "forgotten_cameras",
+    "frames",
+    "frames_read",
+    "generation_tokens",
+    "images_encoded",
+    "lost_events",
+    "prompt_tokens",
+    "readings",
+    "readings_read",
+    "refused_frames",
+)
+"""Everything the engine counts."""
+
+
+class Engine:
+    """A model, its warm context, and the asks over it.
+
+    Sinks are called on the engine's own threads, for one ask never two at once: Delta*, then one Done or Failed. They
+    must not block. One thread runs the model; a second only watches deadlines, so that an ask which has said nothing
+    yet fails on time while the model is inside a long unit of work, such as encoding an image.
+    """
+
+    def __init__(
+        self, model: Model, context: ContextConfig, ask: AskConfig, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Allocate all the state there will ever be. Raises ConfigError where the system prompt is too long."""
+        self._model = model
+        self._window = context.window
+        self._clock = clock
+        self._counters = Counters(COUNTS)
+        self._backlog = Backlog(context.backlog, MAX_CAMERAS, self._counters)
+        self._asks = Asks(ask.queue, self._counters)
+        lines = Lines(model, max_tokens=context.window // 4)
+        chunk_tokens = min(context.chunk_tokens, context.window // 4)
+        self._context = Context(
+            model,
+            lines,
+            system=context.system,
+            window=context.window,
+            chunk_tokens=chunk_tokens,
+            counters=self._counters,
+        )
+        self._fork = model.new_state(context.window + ask.reserve_tokens)
+        reader = Reader(self._backlog, lines, self._context, chunk_tokens, self._counters)
+        kit = Kit(
+            model=model,
+            lines=lines,
+            context=self._context,
+            backlog=self._backlog,
+            fork=self._fork,
+            image_tokens=ask.reserve_tokens // 2,
+            chunk_tokens=chunk_tokens,
+            clock=clock,
+            counters=self._counters,
+        )
+        self._worker = Worker(self._asks, reader, kit)
+        self._work = threading.Event()
+        self._alarm = threading.Event()
+        self._opened = threading.Event()
+        self._stopping = threading.Event()
+        self._failure: BaseException | None = None
+        self._progress_s = clock()
+        self._threads = [
+            threading.Thread(target=self._run, name="iotd-engine", daemon=True),
+            threading.Thread(target=self._watch_deadlines, name="iotd-deadlines", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Start, read the system prompt, and return when asks are accepted. Raises what reading it raised."""
+        for thread in self._threads:
+            thread.start()
+        self._opened.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self, drain_s: float = 5.0) -> None:
+        """Refuse new asks, finish the others within `drain_s` seconds, fail the rest as Unavailable, end."""
+        self._asks.drain()
+        if not self._asks.wait_idle(drain_s if self._opened.is_set() else 0):
+            log.warning("stopping with %d asks unanswered", self._asks.depth)
+        self._stopping.set()
+        self._alarm.set()
+        self._work.set()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(JOIN_S)
+                if thread.is_alive():
+                    log.error("the thread %s is still inside a unit of work and is left behind", thread.name)
+
+    def observe(self, observation: Observation) -> None:
+        """Take in a reading or a frame, from any thread. Never blocks; what has no room is dropped and counted."""
+        if isinstance(observation, Frame) and not self._model.has_vision:
+            self._counters.add("frames")
+            self._counters.add("refused_frames")
+            return
+        self._backlog.put(observation)
+        self._work.set()
+
+    def reconfigure(self, ask: AskConfig) -> None:
+        """A new length of the queue, for the asks that come from now on; nothing else here changes. From any thread."""
+        self._asks.resize(ask.queue)
+
+    def submit(self, ask: Ask, sink: Sink) -> Ticket:
+        """Queue an ask, from any thread; its answer's events go to `sink`.
+
+        Raises InvalidInput (images without vision), NotFound (camera), Overloaded or Unavailable at once. What shows
+        only when its turn comes, such as ContextOverflow, arrives as Failed.
+        """
+        self._check(ask)
+        call = Call(ask, sink, secrets.token_hex(8))
+        position = self._asks.admit(call)
+        self._alarm.set()
+        self._work.set()
+        return Ticket(Accepted(call.request_id, position), lambda: self._cancel(call))
+
+    def cameras(self) -> list[str]:
+        """The cameras an ask can name."""
+        return self._backlog.cameras()
+
+    def progress_s(self) -> float:
+        """Seconds since the last completed unit of work or idle heartbeat: what a watchdog looks at."""
+        return self._clock() - self._progress_s
+
+    def status(self) -> EngineStatus:
+        """What the engine is doing, from any thread."""
+        view = self._context.view
+        return EngineStatus(
+            model=self._model.name,
+            ready=self._asks.accepting,
+            context_tokens=view.n_tokens,
+            context_window=self._window,
+            oldest_event_s=view.oldest_s,
+            newest_event_s=view.newest_s,
+            queue_depth=self._asks.depth,
+            backlog=len(self._backlog),
+            state_nbytes=self._context.nbytes + self._fork.nbytes,
+            counters=self._counters.snapshot(),
+        )
+
+    def _check(self, ask: Ask) -> None:
+        """What only the engine can know; the ranges of a request are checked where it came in."""
+        if ask.images and not self._model.has_vision:
+            raise InvalidInput("this model has no vision", field="images")
+        if ask.camera is not None and self._backlog.newest(ask.camera) is None:
+            known = ", ".join(sorted(self._backlog.cameras())) or "none so far"
+            raise NotFound(f"no frame from a camera {ask.camera!r}; cameras heard: {known}")
+
+    def _cancel(self, call: Call) -> None:
+        call.cancelled = True
+        self._alarm.set()
+
+    def _run(self) -> None:
+        try:
+            self._context.open()
+        except BaseException as failure:  # noqa: BLE001 - handed to the thread that called start()
+            self._failure = failure
+            self._stopping.set()
+            self._alarm.set()
+            self._opened.set()
+            return
+        self._asks.open()
+        self._opened.set()
+        while not self._stopping.is_set():
+            self._work.clear()
+            if not self._turn():
+                self._work.wait(HEARTBEAT_S)
+            self._progress_s = self._clock()
+
+    def _turn(self) -> bool:
+        try:
+            return self._worker.turn()
+        except Exception:
+            log.exception("a unit of work failed outside of any ask or event")
+            self._counters.add("defects")
+            return False
+
+    def _watch_deadlines(self) -> None:
+        while not self._stopping.is_set():
+            now_s = self._clock()
+            self._alarm.wait(min(max(self._asks.next_deadline_s(now_s + HEARTBEAT_S) - now_s, 0), HEARTBEAT_S))
+            self._alarm.clear()
+            self._asks.settle(self._clock())
+        self._asks.close()

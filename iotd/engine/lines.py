@@ -1,0 +1,110 @@
+"""Events and questions in the words the model reads: dated lines, frames, the open turn and its close.
+
+Text from outside is tokenised as plain characters: a control token's name in a payload stays text. Each piece begins
+with a visible character and ends with a line break, so that its tokens are those of the whole conversation in one.
+"""
+
+from collections.abc import Iterable
+from datetime import datetime
+
+from iotd.engine.backlog import Shot
+from iotd.engine.entry import Entry, Image, Part, Tokens, count_tokens
+from iotd.errors import InvalidInput
+from iotd.events import RGB, Reading
+from iotd.model import Model
+from iotd.model.chat import Segment, UserText
+from iotd.model.resize import target_size
+
+CHARS_PER_TOKEN = 8
+"""More characters than this for each token allowed are not even tokenised; text of real sensors has 2 to 5."""
+MAX_LABEL = 64
+"""Characters of a camera's name that are shown to the model."""
+
+
+class Lines:
+    """Renders for one model. `max_tokens` is the most that one event may take."""
+
+    def __init__(self, model: Model, max_tokens: int) -> None:
+        self._model = model
+        self._max_tokens = max_tokens
+        self._ellipsis = self._plain(" …\n")
+
+    def opening(self, system: str) -> Tokens:
+        """The system prompt and the beginning of the user's turn that stays open."""
+        return [token for run in self._runs(self._model.chat.open_stream(system)) for token in _ids(run)]
+
+    def date(self, day: str) -> Tokens:
+        """The line before the first event of a day."""
+        return self._plain(f"[{day}]\n")
+
+    def reading(self, reading: Reading) -> tuple[Entry, bool]:
+        """One dated line; True where it was too long and is cut."""
+        line = f"{_clock(reading.time_s)} {reading.source} {reading.text}\n"
+        shown = line[: self._max_tokens * CHARS_PER_TOKEN]
+        tokens = self._plain(shown)
+        cut = len(shown) < len(line) or len(tokens) > self._max_tokens
+        if cut:
+            tokens = tokens[: self._max_tokens - len(self._ellipsis)] + self._ellipsis
+        return _entry((tokens,), reading.time_s), cut
+
+    def frame(self, shot: Shot) -> Entry:
+        """A camera's image behind its time and name, shrunk to what the context gives one event.
+
+        Raises InvalidInput where even the model's smallest size is more than that.
+        """
+        before = UserText(f"{_clock(shot.time_s)} camera {shot.camera[:MAX_LABEL]}: ")
+        if shot.image is None:
+            assert shot.rgb is not None
+            words = count_tokens(part for part in self._picture(before, None) if isinstance(part, list))
+            shot.image, shot.rgb = self.image(shot.rgb, self._max_tokens - words), None
+        return _entry(tuple(self._picture(before, shot.image)), shot.time_s)
+
+    def question(self, text: str, images: Iterable[Image], *, thinking: bool) -> list[Part]:
+        """A question after its images, closing the turn and opening the answer."""
+        parts = [part for image in images for part in self._picture(UserText(""), image)]
+        return parts + self._runs([UserText(text.strip()), *self._model.chat.close_turn(thinking)])
+
+    def image(self, rgb: RGB, max_tokens: int) -> Image:
+        """An image that is still to be encoded, shrunk so that it takes at most `max_tokens`.
+
+        Raises InvalidInput where the model's smallest size takes more.
+        """
+        vision = self._model.spec.vision
+        assert vision is not None
+        size = rgb.shape[0], rgb.shape[1]
+        grid = self._model.image_grid(size)
+        if self._model.image_tokens(grid) > max_tokens:
+            area = max(max_tokens, 1) * vision.size_factor**2
+            size = target_size(*size, factor=vision.size_factor, min_pixels=0, max_pixels=area)
+            grid = self._model.image_grid(size)
+        n_tokens = self._model.image_tokens(grid)
+        if n_tokens > max_tokens:
+            raise InvalidInput(f"the image takes {n_tokens} tokens at least; {max_tokens} are free", field="images")
+        return Image(rgb, size, grid, n_tokens)
+
+    def _picture(self, before: UserText, image: Image | None) -> list[Part]:
+        return self._runs([before, *self._model.chat.image_segments(image), UserText("\n")])
+
+    def _runs(self, segments: Iterable[Segment]) -> list[Part]:
+        return self._model.chat.tokenize(segments, self._model.tokenizer)
+
+    def _plain(self, text: str) -> Tokens:
+        return self._model.tokenizer.encode(text, special=False)
+
+
+def day_of(time_s: float) -> str:
+    """Local date and weekday, such as `2026-03-01 Sunday`."""
+    return datetime.fromtimestamp(time_s).strftime("%Y-%m-%d %A")
+
+
+def _clock(time_s: float) -> str:
+    return datetime.fromtimestamp(time_s).strftime("[%H:%M:%S]")
+
+
+def _entry(parts: tuple[Part, ...], time_s: float) -> Entry:
+    return Entry(parts, time_s, day_of(time_s), count_tokens(parts))
+
+
+def _ids(run: Part) -> Tokens:
+    assert isinstance(run, list)  # neither a system prompt nor a closing has images
+    return run

@@ -1,0 +1,101 @@
+"""What the model's thread does: it picks the next unit of work and runs it. Asks come first, reading fills the rest.
+
+Knows no thread and no lock: whoever calls `turn` owns the model.
+"""
+
+import logging
+import math
+
+from iotd.engine.answer import Answer, Kit
+from iotd.engine.asks import Asks
+from iotd.engine.call import Call
+from iotd.engine.reader import Reader
+from iotd.errors import Internal, IotdError
+from iotd.events import Done, Failed, FinishReason
+
+log = logging.getLogger(__name__)
+
+READING_SHARE = 0.25
+"""Asks owe reading this much of the time they take: with asks without end, reading gets a fifth of all time. An ask
+that waits is put off for a quarter of what it has left at most, or for one chunk."""
+URGENT_S = 1.0
+"""An ask with less time left goes before reading: one chunk, 0.1 to 1 s on a board, may cost it its first word."""
+MOST_OWED_S = 2.0
+"""Owed this much, reading goes before urgent asks too, so that a flood of them cannot stop it."""
+
+
+class Worker:
+    """Runs one ask at a time, in units.
+
+    Between two asks comes some reading, in whole units, so that a flood of asks cannot make the context stale.
+    """
+
+    def __init__(self, asks: Asks, reader: Reader, kit: Kit) -> None:
+        self._asks = asks
+        self._reader = reader
+        self._kit = kit
+        self._running: tuple[Call, Answer] | None = None
+        self._owed_s = 0.0
+        """What asks owe reading; below zero after a unit that took longer."""
+        self._read_s = 0.0
+        """What reading took since the last ask."""
+
+    def turn(self) -> bool:
+        """Run one unit of work. False where there was nothing to do."""
+        self._asks.settle(self._kit.clock())
+        if self._running is None and not self._reading_is_due():
+            self._take()
+        if self._running is not None:
+            self._answer(*self._running)
+            return True
+        if self._reader.idle:
+            self._owed_s = 0.0
+            return False
+        self._read()
+        return True
+
+    def _reading_is_due(self) -> bool:
+        if self._owed_s <= 0 or self._reader.idle:
+            return False
+        left_s = self._asks.next_deadline_s(math.inf) - self._kit.clock()
+        patient = left_s >= URGENT_S or self._owed_s >= MOST_OWED_S
+        return patient and self._read_s < READING_SHARE * max(left_s, URGENT_S)
+
+    def _read(self) -> None:
+        began_s = self._kit.clock()
+        self._reader.advance()
+        took_s = self._kit.clock() - began_s
+        self._read_s += took_s
+        self._owed_s = max(self._owed_s - took_s, -took_s)
+
+    def _take(self) -> None:
+        call = self._asks.take(self._kit.clock())
+        if call is not None:
+            self._running = call, Answer(call, self._kit)
+
+    def _answer(self, call: Call, answer: Answer) -> None:
+        """Advance the running ask by one unit, and let it go where that ended it or something else had."""
+        event = None if call.ended else self._advance(call, answer)
+        if event is not None:
+            self._asks.end(call, event)
+        if call.ended:
+            now_s = self._kit.clock()
+            self._asks.release(call, now_s)
+            self._running = None
+            assert call.meter.started_s is not None
+            self._read_s = 0.0
+            self._owed_s = min(self._owed_s, MOST_OWED_S) + READING_SHARE * (now_s - call.meter.started_s)
+
+    def _advance(self, call: Call, answer: Answer) -> Done | Failed | None:
+        try:
+            reason = answer.advance()
+        except IotdError as error:
+            return Failed(error)
+        except Exception:
+            log.exception("answering %s failed", call.request_id)
+            self._kit.counters.add("defects")
+            return Failed(Internal("internal error, see the log"))
+        if reason is None:
+            return None
+        now_s = self._kit.clock()
+        return call.overdue(now_s) if reason is FinishReason.BUDGET else call.done(reason, now_s)

@@ -1,0 +1,173 @@
+"""A model small enough to reason about: its logits depend on everything it has read, in order, and on nothing else.
+
+It keeps the contract of `iotd.model.Model`. Every run of it is announced to `on_run` first, where a test can move a
+manual clock, wait, or raise. Text is bytes; answers are lower-case letters.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iotd.errors import ContextOverflow
+from iotd.events import RGB, Sampling
+from iotd.model.chat import ChatTemplate, ImagePieces, Turn
+from iotd.model.generation import Generation
+
+MODULUS = (1 << 61) - 1
+CONTROLS = ["<user>", "<system>", "<end>", "<image>", "</image>", "<close>", "<think>"]
+"""Control tokens; their ids follow those of the bytes."""
+VOCAB = 256 + len(CONTROLS) + 1
+EOS = VOCAB - 1
+PIXELS_PER_SIDE = 2
+"""Each token of an image stands for 2 × 2 pixels."""
+
+Floats = NDArray[np.float32]
+Run = Callable[[str, int], None]
+
+
+class FakeState:
+    """`trace` lists what was read: token ids, and for an image its bytes once per token."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.trace: list[Any] = []
+        self.nbytes = capacity * 8
+
+    @property
+    def position(self) -> int:
+        return len(self.trace)
+
+    @property
+    def available(self) -> int:
+        return self.capacity - self.position
+
+    def reset(self) -> None:
+        self.trace.clear()
+
+    def copy_into(self, other: "FakeState") -> None:
+        other.trace[:] = self.trace
+
+    @property
+    def text(self) -> str:
+        """What was read, with control tokens in angle brackets and `#` for each token of an image."""
+        return "".join(map(_shown, self.trace)).encode("latin-1").decode()
+
+
+def _shown(item: Any) -> str:
+    if isinstance(item, bytes):
+        return "#"
+    return chr(item) if item < 256 else CONTROLS[item - 256]
+
+
+class FakeTokenizer:
+    """A token is a byte, or a control token where it is meant."""
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        return self.encode_parts([(text, special)])
+
+    def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
+        ids: list[int] = []
+        for text, special in parts:
+            for piece in re.split("(<[^>]+>)", text) if special else [text]:
+                ids += [256 + CONTROLS.index(piece)] if special and piece in CONTROLS else piece.encode()
+        return ids
+
+    def stream(self) -> "FakeTokenizer":
+        return self
+
+    def push(self, token: int) -> str:
+        return chr(token)
+
+    def flush(self) -> str:
+        return ""
+
+
+CHAT = ChatTemplate(
+    no_system="",
+    system=Turn("<system>", "<end>"),
+    user=Turn("<user>", "<close>"),
+    assistant=Turn("", ""),
+    last_assistant=Turn("", ""),
+    generation="",
+    generation_thinking="<think>",
+    image=ImagePieces("<image>", "", "</image>"),
+)
+
+
+class FakeModel:
+    """`eos_every`: about one in so many tokens ends the turn; 0 never ends it."""
+
+    name = "fake"
+
+    def __init__(self, on_run: Run | None = None, eos_every: int = 0, vision: bool = True) -> None:
+        self.on_run = on_run or FakeModel.silent
+        self.has_vision = vision
+        self.spec = SimpleNamespace(vision=SimpleNamespace(size_factor=PIXELS_PER_SIDE) if vision else None)
+        self.tokenizer = FakeTokenizer()
+        self.chat = CHAT
+        self._eos_every = eos_every
+        self.n_states = 0
+
+    @staticmethod
+    def silent(what: str, n_tokens: int) -> None:
+        """The `on_run` of a model that nobody listens to."""
+
+    def new_state(self, capacity: int) -> FakeState:
+        self.n_states += 1
+        return FakeState(capacity)
+
+    def prefill(self, state: FakeState, tokens: Sequence[int], *, logits: bool = True) -> Floats | None:
+        return self._run("prefill", state, list(tokens), logits)
+
+    def step(self, state: FakeState, token: int) -> Floats:
+        logits = self._run("step", state, [token], True)
+        assert logits is not None
+        return logits
+
+    def image_grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        return 1, max(shape[0] // PIXELS_PER_SIDE, 1), max(shape[1] // PIXELS_PER_SIDE, 1)
+
+    def image_tokens(self, grid: tuple[int, int, int]) -> int:
+        return grid[0] * grid[1] * grid[2]
+
+    def encode_image(self, rgb: RGB) -> Floats:
+        _, rows, columns = self.image_grid(rgb.shape)
+        self.on_run("encode", rows * columns)
+        return np.full((rows * columns, 2), rgb.mean(), np.float32)
+
+    def prefill_embeddings(
+        self,
+        state: FakeState,
+        embedding: Floats,
+        *,
+        grid: tuple[int, int, int],
+        rows: slice = slice(None),
+        logits: bool = False,
+    ) -> Floats | None:
+        assert embedding.shape[0] == grid[0] * grid[1] * grid[2]
+        return self._run("place", state, [row.tobytes() for row in embedding[rows]], logits)
+
+    def generation(self, state: FakeState, logits: Floats, sampling: Sampling) -> Generation:
+        return Generation(self, state, logits, sampling, self.tokenizer.stream(), {EOS})  # type: ignore[arg-type] # a stand-in
+
+    def logits(self, state: FakeState) -> Floats:
+        """float32 [V]: one letter, or the end of the turn, stands out; which one, the whole history decides."""
+        digest = 7
+        for item in state.trace:
+            value = item if isinstance(item, int) else int.from_bytes(item, "little") + VOCAB
+            digest = (digest * 1_000_003 + value + 1) % MODULUS
+        logits = np.full(VOCAB, -10.0, np.float32)
+        ends = self._eos_every and digest % self._eos_every == 0
+        logits[EOS if ends else ord("a") + digest % 26] = 10.0
+        return logits
+
+    def _run(self, what: str, state: FakeState, items: list[Any], logits: bool) -> Floats | None:
+        if len(items) > state.available:
+            raise ContextOverflow(len(items), state.available)
+        self.on_run(what, len(items))
+        state.trace.extend(items)
+        return self.logits(state) if logits else None

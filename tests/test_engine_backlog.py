@@ -1,0 +1,91 @@
+"""What waits to be read: bounded, the newest kept, every drop counted."""
+
+from engine_driver import frame, image, reading
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iotd.counters import Counters
+from iotd.engine.backlog import Backlog, Shot
+from iotd.engine.engine import COUNTS
+from iotd.events import Frame, Reading
+
+
+def backlog(capacity: int = 4, cameras: int = 2) -> tuple[Backlog, Counters]:
+    counters = Counters(COUNTS)
+    return Backlog(capacity, cameras, counters), counters
+
+
+def drain(line: Backlog) -> list[str]:
+    found = []
+    while (event := line.take()) is not None:
+        found.append(event.text if isinstance(event, Reading) else f"{event.camera}@{event.time_s:.0f}")
+    return found
+
+
+def test_events_leave_in_the_order_they_came() -> None:
+    line, _ = backlog()
+    line.put(reading(0))
+    line.put(Frame("door", image(), 5))
+    line.put(reading(1))
+    assert drain(line) == ["on0", "door@5", "on1"]
+
+
+def test_one_reading_too_many_drops_the_oldest_and_counts_it() -> None:
+    line, counters = backlog(capacity=4)
+    for n in range(10):
+        line.put(reading(n))
+    assert drain(line) == ["on6", "on7", "on8", "on9"]
+    assert counters.snapshot()["readings"] == 10
+    assert counters.snapshot()["dropped_readings"] == 6
+
+
+def test_a_newer_frame_takes_the_place_of_the_one_that_waits() -> None:
+    line, counters = backlog()
+    line.put(Frame("door", image(), 1))
+    line.put(reading(0))
+    line.put(Frame("door", image(), 2))
+    assert drain(line) == ["door@2", "on0"]
+    assert counters.snapshot()["dropped_frames"] == 1
+
+
+def test_dropped_readings_never_take_a_frame_with_them() -> None:
+    line, _ = backlog(capacity=2)
+    line.put(Frame("door", image(), 1))
+    for n in range(9):
+        line.put(reading(n))
+    assert drain(line) == ["door@1", "on7", "on8"]
+
+
+def test_the_newest_frame_of_a_camera_stays_known_after_it_was_read() -> None:
+    line, _ = backlog()
+    line.put(Frame("door", image(), 1))
+    shot = line.take()
+    assert isinstance(shot, Shot)
+    assert line.newest("door") is shot
+    assert line.newest("garden") is None
+
+
+def test_the_camera_silent_for_longest_is_forgotten() -> None:
+    line, counters = backlog(cameras=2)
+    for camera in ("a", "b", "a", "c"):
+        line.put(frame(1, camera))
+    assert line.cameras() == ["a", "c"]
+    assert line.newest("b") is None
+    assert counters.snapshot()["forgotten_cameras"] == 1
+    assert counters.snapshot()["dropped_frames"] == 2
+
+
+@given(st.lists(st.sampled_from("rabct")), st.integers(1, 4), st.integers(1, 3))
+def test_nothing_is_lost_uncounted(steps: str, capacity: int, cameras: int) -> None:
+    line, counters = backlog(capacity, cameras)
+    taken = 0
+    for n, step in enumerate(steps):
+        if step == "t":
+            taken += line.take() is not None
+        else:
+            line.put(reading(n) if step == "r" else frame(n, step))
+        assert len(line) <= capacity + cameras
+        assert len(line.cameras()) <= cameras
+    counted = counters.snapshot()
+    dropped = counted["dropped_readings"] + counted["dropped_frames"]
+    assert counted["readings"] + counted["frames"] == taken + dropped + len(line)
