@@ -1,0 +1,447 @@
+"""A small client of iotd's gRPC interface, sync and async. Knows nothing of the daemon's inside.
+
+    from iotd.client import Client
+
+    with Client("127.0.0.1:50551") as client:
+        for piece in client.ask("Is a window open while it rains?", budget_s=5):
+            print(piece, end="", flush=True)
+
+Everything raises children of iotd.errors.IotdError, as the server names them.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypedDict, Unpack
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from iotd import errors
+from iotd.address import split_address
+from iotd.events import (
+    Accepted,
+    Done,
+    EngineStatus,
+    FinishReason,
+    LinkStatus,
+    ServerStatus,
+    ServingState,
+    Timings,
+    Usage,
+)
+from iotd.tls import PemFile, check_authority, check_identity
+from iotd.v1 import iotd_pb2, iotd_pb2_grpc
+
+DEFAULT_TARGET = "127.0.0.1:50551"
+SLACK_S = 2.0
+"""The call's own deadline is the budget and this much: the server ends the answer, and its end still arrives."""
+MAX_TIMEOUT_S = 86_400.0
+"""Of a call: gRPC takes a much longer one for a deadline that has passed."""
+STATUS_TIMEOUT_S = 5.0
+
+Image = bytes | str | os.PathLike[str]
+"""The content of a JPEG or PNG file, or the path of one."""
+
+_OPTIONS = [
+    # The daemon is on this machine or in this house: a proxy for the web is not on the way.
+    ("grpc.enable_http_proxy", 0),
+    # A daemon that vanished without a word is noticed within a minute.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+]
+
+
+class AskOptions(TypedDict, total=False):
+    """What an ask can be told. Left out or None: the server's default."""
+
+    images: Sequence[Image]
+    """Put before the question, in order."""
+    camera: str | None
+    """Its newest frame is put before the question."""
+    budget_s: float | None
+    """For the whole answer, from its arrival at the server."""
+    use_context: bool
+    """False asks the model alone, without the stream of readings and frames."""
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    presence_penalty: float | None
+    seed: int | None
+    max_tokens: int | None
+    stop: Sequence[str]
+    thinking: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer, and how it came about."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+class _Stream:
+    """One answer on its way: what its events leave behind, for both kinds of client."""
+
+    def __init__(self, call: Any, target: str) -> None:  # Any: grpcio's calls have no public type in common
+        self._call = call
+        self._target = target
+        self._cancelled = False
+        self._pieces: list[str] = []
+        self.accepted: Accepted | None = None
+        """Set before the first piece."""
+        self.done: Done | None = None
+        """Set after the last piece."""
+
+    @property
+    def result(self) -> Answer:
+        """The whole answer, once the stream has been read to its end. Raises Unavailable before."""
+        if self.done is None:
+            raise errors.Unavailable("the answer has not ended: read the stream to its end first")
+        return Answer("".join(self._pieces), self.done.finish_reason, self.done.usage, self.done.timings)
+
+    def cancel(self) -> None:
+        """Stop the model, if it still runs; the iteration ends."""
+        self._cancelled = True
+        self._call.cancel()
+
+    def _take(self, event: iotd_pb2.AskEvent) -> str:
+        match event.WhichOneof("event"):
+            case "accepted":
+                self.accepted = Accepted(event.accepted.request_id, event.accepted.queue_position)
+            case "delta":
+                self._pieces.append(event.delta.text)
+                return event.delta.text
+            case "done":
+                self.done = _done(event.done)
+        return ""
+
+
+class AnswerStream(_Stream):
+    """Iterates, once, over the pieces of an answer. Leaving the loop or a `with` block stops the model."""
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for event in self._call:
+                if piece := self._take(event):
+                    yield piece
+        except grpc.RpcError as error:
+            if not self._cancelled:
+                raise _error(error, self._target) from error
+        finally:
+            self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+
+class AsyncAnswerStream(_Stream):
+    """Iterates, once, over the pieces of an answer. Leaving an `async with` block stops the model."""
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        try:
+            async for event in self._call:
+                if piece := self._take(event):
+                    yield piece
+        except asyncio.CancelledError:
+            # grpc.aio raises it for a cancelled call as well as for a cancelled task.
+            if not self._cancelled:
+                raise
+        except grpc.RpcError as error:
+            raise _error(error, self._target) from error
+        finally:
+            self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
+
+class _Connection:
+    """One channel to one daemon, for both kinds of client."""
+
+    _library: ClassVar[Any] = grpc
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        tls: bool = False,
+        ca_file: PemFile | None = None,
+        cert_file: PemFile | None = None,
+        key_file: PemFile | None = None,
+    ) -> None:
+        """target: host:port.
+
+        ca_file: authority of the server's certificate; the system's where only `tls` is set. cert_file, key_file: what
+        this client shows where the server wants to know it. Raises InvalidInput for a target or a file that is none.
+        """
+        _check_target(target)
+        self._target = target
+        credentials = _credentials(tls, ca_file, cert_file, key_file)
+        if credentials is None:
+            self._channel = self._library.insecure_channel(target, options=_OPTIONS)
+        else:
+            self._channel = self._library.secure_channel(target, credentials, options=_OPTIONS)
+        self._stub: Any = iotd_pb2_grpc.IotdStub(self._channel)  # type: ignore[no-untyped-call] # generated
+
+
+class Client(_Connection):
+    """Asks one daemon, from any thread."""
+
+    def ask(self, question: str, **options: Unpack[AskOptions]) -> AnswerStream:
+        """Ask, and iterate over the pieces of the answer as they come; `result` has the rest.
+
+        Raises IotdError while iterating, and InvalidInput at once for an image file that cannot be read.
+        """
+        request, timeout_s = _request(question, **options)
+        return AnswerStream(self._stub.Ask(request, timeout=timeout_s), self._target)
+
+    def answer(self, question: str, **options: Unpack[AskOptions]) -> Answer:
+        """Ask, and wait for the whole answer. Raises IotdError."""
+        stream = self.ask(question, **options)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def status(self, timeout_s: float = STATUS_TIMEOUT_S) -> ServerStatus:
+        """What the daemon is doing. Raises IotdError."""
+        try:
+            return _status(self._stub.GetStatus(iotd_pb2.GetStatusRequest(), timeout=timeout_s))
+        except grpc.RpcError as error:
+            raise _error(error, self._target) from error
+
+    def close(self) -> None:
+        """Give the connection back; answers that still run are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncClient(_Connection):
+    """Asks one daemon, on one event loop."""
+
+    _library: ClassVar[Any] = grpc.aio
+
+    def ask(self, question: str, **options: Unpack[AskOptions]) -> AsyncAnswerStream:
+        """Ask, and iterate over the pieces of the answer as they come; `result` has the rest.
+
+        Raises IotdError while iterating, and InvalidInput at once for an image file that cannot be read.
+        """
+        request, timeout_s = _request(question, **options)
+        return AsyncAnswerStream(self._stub.Ask(request, timeout=timeout_s), self._target)
+
+    async def answer(self, question: str, **options: Unpack[AskOptions]) -> Answer:
+        """Ask, and wait for the whole answer. Raises IotdError."""
+        async with self.ask(question, **options) as stream:
+            async for _ in stream:
+                pass
+        return stream.result
+
+    async def status(self, timeout_s: float = STATUS_TIMEOUT_S) -> ServerStatus:
+        """What the daemon is doing. Raises IotdError."""
+        try:
+            return _status(await self._stub.GetStatus(iotd_pb2.GetStatusRequest(), timeout=timeout_s))
+        except grpc.RpcError as error:
+            raise _error(error, self._target) from error
+
+    async def close(self) -> None:
+        """Give the connection back; answers that still run are cancelled."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+def _check_target(target: str) -> None:
+    try:
+        split_address(target)
+    except ValueError:
+        raise errors.InvalidInput(
+            f"the target is {target!r}: it must be HOST:PORT, such as {DEFAULT_TARGET}", field="target"
+        ) from None
+
+
+def _credentials(
+    tls: bool, ca_file: PemFile | None, cert_file: PemFile | None, key_file: PemFile | None
+) -> grpc.ChannelCredentials | None:
+    """None without TLS. Raises InvalidInput for files that gRPC would end the process over."""
+    if not (tls or ca_file or cert_file or key_file):
+        return None
+    if bool(cert_file) != bool(key_file):
+        missing = "key_file" if cert_file else "cert_file"
+        raise errors.InvalidInput(f"{missing} is missing: a certificate and its key go together", field=missing)
+    ca, key, certificate = (_content(path) if path else None for path in (ca_file, key_file, cert_file))
+    try:
+        if ca_file:
+            check_authority(ca_file)
+        if cert_file and key_file:
+            check_identity(cert_file, key_file)
+    except ValueError as error:
+        raise errors.InvalidInput(str(error)) from error
+    return grpc.ssl_channel_credentials(ca, key, certificate)
+
+
+def _request(
+    question: str,
+    *,
+    images: Sequence[Image] = (),
+    camera: str | None = None,
+    budget_s: float | None = None,
+    use_context: bool = True,
+    **sampling: Any,
+) -> tuple[iotd_pb2.AskRequest, float | None]:
+    """The request, and the timeout of its call in seconds. Raises InvalidInput for what the proto cannot carry."""
+    request = iotd_pb2.AskRequest(images=[image if isinstance(image, bytes) else _content(image) for image in images])
+    _fill(request, "", {"question": question, "camera": camera, "use_context": use_context})
+    _fill(request.sampling, "sampling.", sampling)
+    if budget_s is None:
+        return request, None
+    try:
+        request.budget.FromNanoseconds(round(budget_s * 1e9))
+    except (ValueError, OverflowError) as error:
+        raise errors.InvalidInput(f"budget is {budget_s} s: that is no time", field="budget") from error
+    return request, min(max(0.0, budget_s) + SLACK_S, MAX_TIMEOUT_S)
+
+
+def _fill(message: Message, path: str, values: Mapping[str, Any]) -> None:
+    """Set the fields whose value is not None. Raises InvalidInput naming the one that the proto refuses."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        try:
+            message.MergeFrom(type(message)(**{name: value}))
+        except (TypeError, ValueError) as error:
+            shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+            why = "is no valid text" if isinstance(error, UnicodeError) else "is not allowed"
+            raise errors.InvalidInput(f"{path}{name}: {shown} {why}", field=path + name) from error
+
+
+def _content(path: PemFile) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise errors.InvalidInput(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _done(done: iotd_pb2.AskDone) -> Done:
+    usage, timings = done.usage, done.timings
+    return Done(
+        _FINISH_REASONS.get(done.finish_reason, FinishReason.STOP),
+        Usage(usage.context_tokens, usage.prompt_tokens, usage.image_tokens, usage.generation_tokens),
+        Timings(
+            queue_s=_seconds(timings.queue),
+            image_s=_seconds(timings.image),
+            prefill_s=_seconds(timings.prefill),
+            decode_s=_seconds(timings.decode),
+            first_token_s=_seconds(timings.first_token),
+            total_s=_seconds(timings.total),
+        ),
+    )
+
+
+# A number that a newer server sends and this client does not know falls back to the first of each kind.
+_FINISH_REASONS = {iotd_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}"): reason for reason in FinishReason}
+_SERVING_STATES = {iotd_pb2.ServingState.Value(f"SERVING_STATE_{state.name}"): state for state in ServingState}
+
+
+def _status(response: iotd_pb2.GetStatusResponse) -> ServerStatus:
+    state = _SERVING_STATES.get(response.state, ServingState.LOADING)
+    engine = EngineStatus(
+        model=response.model,
+        ready=state is ServingState.SERVING,
+        context_tokens=response.context.tokens,
+        context_window=response.context.window_tokens,
+        oldest_event_s=_seconds(response.context.oldest_event_time),
+        newest_event_s=_seconds(response.context.newest_event_time),
+        queue_depth=response.queue_depth,
+        backlog=response.backlog,
+        state_nbytes=response.state_bytes,
+        counters=dict(response.counters),
+    )
+    link = _link(response.mqtt) if response.HasField("mqtt") else None
+    return ServerStatus(
+        response.version, state, _seconds(response.uptime), response.resident_memory_bytes, engine, link
+    )
+
+
+def _link(mqtt: iotd_pb2.MqttStatus) -> LinkStatus:
+    return LinkStatus(mqtt.connected, mqtt.broker, mqtt.protocol, mqtt.reconnects, dict(mqtt.counters))
+
+
+def _seconds(time: Duration | Timestamp) -> float:
+    return time.seconds + time.nanos / 1e9
+
+
+def _error(rpc: Any, target: str) -> errors.IotdError:
+    """What the call failed with. rpc: a grpc.RpcError, whose code, details and trailers its type does not show."""
+    for key, value in rpc.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            return _named_error(Status.FromString(value))
+    return _transport_error(rpc.code(), rpc.details() or "", target)
+
+
+_KINDS = {
+    kind.reason: kind
+    for kind in (
+        errors.DeadlineExceeded,
+        errors.NotFound,
+        errors.PackageError,
+        errors.PermissionDenied,
+        errors.StateMismatch,
+        errors.Unauthenticated,
+    )
+}
+
+
+def _named_error(status: Status) -> errors.IotdError:
+    """The error that the server raised."""
+    info, bad_request, retry = ErrorInfo(), BadRequest(), RetryInfo()
+    for detail in status.details:
+        _ = detail.Unpack(info) or detail.Unpack(bad_request) or detail.Unpack(retry)
+    message, reason = status.message, info.reason
+    if bad_request.field_violations:
+        return errors.InvalidInput(message, field=bad_request.field_violations[0].field)
+    if reason == errors.Overloaded.reason:
+        return errors.Overloaded(message, retry_after_s=_seconds(retry.retry_delay))
+    if reason == errors.Unavailable.reason:
+        return errors.Unavailable(message, retry_after_s=_seconds(retry.retry_delay))
+    return _KINDS.get(reason, errors.Internal)(message)
+
+
+def _transport_error(code: grpc.StatusCode, details: str, target: str) -> errors.IotdError:
+    """The error of gRPC itself: no iotd has answered."""
+    match code:
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return errors.DeadlineExceeded(f"no answer from {target} in time")
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return errors.Unavailable(f"{target} speaks gRPC, but it is no iotd or an older one: is the target right?")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return errors.InvalidInput(f"{target} does not take so large a request: send smaller images ({details})")
+        case grpc.StatusCode.UNAVAILABLE:
+            return errors.Unavailable(
+                f"no iotd reached at {target}: start `iotd serve` there, or check its grpc.listen, its TLS settings "
+                f"and the firewall ({details})"
+            )
+    return errors.Internal(f"the call to {target} failed: {code.name}: {details}")

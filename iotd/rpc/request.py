@@ -1,0 +1,99 @@
+"""An AskRequest as an Ask: checks every field, and names the one at fault by its path.
+
+Knows no clock and no model; times are handed in, on the monotonic clock.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+from iotd.config import AskConfig
+from iotd.errors import InvalidInput
+from iotd.events import RGB, Ask, Sampling
+from iotd.model.sampling import check_sampling
+from iotd.rpc.times import seconds
+from iotd.v1 import iotd_pb2
+
+MAX_QUESTION_CHARS = 16_384
+"""More than the positions of any window for a board; the exact limit in tokens is the engine's to tell."""
+MAX_STOPS = 16
+MAX_STOP_CHARS = 128
+MAX_CAMERA_CHARS = 256
+REPLY_MARGIN_S = 0.025
+"""Kept off the caller's gRPC deadline: past it, its library throws the answer away, so the last message must have
+crossed the network and its event loop by then (a few ms on a LAN, more over busy Wi-Fi)."""
+
+
+def deadline_s(request: iotd_pb2.AskRequest, arrived_s: float, remaining_s: float | None, limits: AskConfig) -> float:
+    """When the answer must have ended: arrival plus the smallest of budget, server's maximum and gRPC deadline.
+
+    remaining_s: until the call's gRPC deadline, None where it has none.
+    Raises InvalidInput unless the budget is above zero.
+    """
+    allowed_s = budget_s(request, limits)
+    if remaining_s is not None:
+        allowed_s = min(allowed_s, max(0.0, remaining_s - REPLY_MARGIN_S))
+    return arrived_s + allowed_s
+
+
+def budget_s(request: iotd_pb2.AskRequest, limits: AskConfig) -> float:
+    """The caller's budget, or the default, up to the server's maximum. Raises InvalidInput unless it is above zero."""
+    asked_s = seconds(request.budget) if request.HasField("budget") else limits.budget_s
+    if not asked_s > 0:
+        raise InvalidInput(f"budget is {asked_s:g} s: it must be above zero", field="budget")
+    return min(asked_s, limits.max_budget_s)
+
+
+def parse(request: iotd_pb2.AskRequest, arrived_s: float, ends_s: float, limits: AskConfig) -> Ask:
+    """The ask without its images: those take `decode_images`, off the event loop. Raises InvalidInput."""
+    _check_question(request.question)
+    _check_size("camera", len(request.camera), MAX_CAMERA_CHARS, " characters")
+    _check_size("images", len(request.images), limits.max_images, "")
+    return Ask(
+        question=request.question,
+        arrived_s=arrived_s,
+        deadline_s=ends_s,
+        camera=request.camera or None,
+        use_context=request.use_context if request.HasField("use_context") else True,
+        sampling=_sampling(request.sampling, limits),
+    )
+
+
+async def decode_images(images: list[bytes], decode: Callable[[bytes], RGB]) -> tuple[RGB, ...]:
+    """Decode one after the other in a worker thread. Raises InvalidInput with the path of the image at fault."""
+    decoded = []
+    for index, data in enumerate(images):
+        try:
+            decoded.append(await asyncio.to_thread(decode, data))
+        except InvalidInput as error:
+            raise InvalidInput(str(error), field=f"images[{index}]") from error
+    return tuple(decoded)
+
+
+def _check_question(question: str) -> None:
+    if not question.strip():
+        raise InvalidInput("the question is empty: say what you want to know", field="question")
+    _check_size("question", len(question), MAX_QUESTION_CHARS, " characters")
+
+
+def _check_size(field: str, size: int, limit: int, unit: str) -> None:
+    if size > limit:
+        raise InvalidInput(f"{field}: {size}{unit} given, at most {limit} taken", field=field)
+
+
+def _sampling(options: iotd_pb2.SamplingOptions, limits: AskConfig) -> Sampling:
+    defaults = Sampling(max_tokens=limits.max_tokens)
+    given = {field.name: value for field, value in options.ListFields() if field.name != "stop"}
+    sampling = replace(defaults, **given, stop=tuple(options.stop))
+    check_sampling(sampling)
+    _check_stops(sampling.stop)
+    return sampling
+
+
+def _check_stops(stops: tuple[str, ...]) -> None:
+    _check_size("sampling.stop", len(stops), MAX_STOPS, "")
+    for index, stop in enumerate(stops):
+        field = f"sampling.stop[{index}]"
+        if not stop:
+            raise InvalidInput("a stop string is empty: it would end every answer at once", field=field)
+        _check_size(field, len(stop), MAX_STOP_CHARS, " characters")

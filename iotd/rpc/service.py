@@ -1,0 +1,200 @@
+"""The Iotd servicer: one ask in, its events out, before its deadline. Knows the engine by a small protocol only."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Protocol
+
+import grpc
+
+from iotd import events
+from iotd.config import AskConfig
+from iotd.errors import DeadlineExceeded, Overloaded, Unavailable
+from iotd.events import RGB, Accepted, AnswerEvent, Delta, Done, Failed, ServerStatus, ServingState
+from iotd.rpc import request as requests
+from iotd.rpc.errors import errors_as_status
+from iotd.rpc.mailbox import Mailbox
+from iotd.rpc.status import to_response
+from iotd.rpc.times import duration
+from iotd.v1 import iotd_pb2, iotd_pb2_grpc
+
+MAX_OPEN_ASKS = 64
+"""Calls at once. The engine's queue is far shorter; this bounds what waits in front of it with images to decode."""
+STUCK_S = 5.0
+"""An engine that has not ended an answer so long after its deadline will not: the call is ended without it."""
+DECODERS = 2
+"""Images decoded at once: each takes tens of megabytes while it is."""
+
+AskContext = grpc.aio.ServicerContext[iotd_pb2.AskRequest, iotd_pb2.AskEvent]
+StatusContext = grpc.aio.ServicerContext[iotd_pb2.GetStatusRequest, iotd_pb2.GetStatusResponse]
+
+
+class Ticket(Protocol):
+    """A submitted ask."""
+
+    @property
+    def accepted(self) -> Accepted: ...
+
+    def cancel(self) -> None:
+        """Stop within one step. From any thread, at any time, more than once."""
+
+
+class AskEngine(Protocol):
+    """What answers asks."""
+
+    def submit(self, ask: events.Ask, sink: Callable[[AnswerEvent], None]) -> Ticket:
+        """Queue the ask. `sink` gets Delta*, then one Done or Failed, on another thread. Raises IotdError at once."""
+
+
+class Service(iotd_pb2_grpc.IotdServicer):
+    """Ask and GetStatus. Lives on one event loop."""
+
+    def __init__(
+        self, status: Callable[[], ServerStatus], limits: AskConfig, decode_image: Callable[[bytes], RGB]
+    ) -> None:
+        self.engine: AskEngine | None = None
+        self.state = ServingState.LOADING
+        self._status = status
+        self.limits = limits
+        self._decode_image = decode_image
+        self._decoders = asyncio.Semaphore(DECODERS)
+        self._open_asks = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._mailboxes: set[Mailbox] = set()
+
+    async def Ask(self, request: iotd_pb2.AskRequest, context: AskContext) -> None:  # noqa: N802 - the proto's name
+        """See the proto."""
+        arrived_s = time.monotonic()
+        async with errors_as_status(context):
+            self._admit()
+            try:
+                await self._answer(request, context, arrived_s)
+            finally:
+                self._leave()
+
+    async def GetStatus(  # noqa: N802 - the proto's name
+        self, request: iotd_pb2.GetStatusRequest, context: StatusContext
+    ) -> iotd_pb2.GetStatusResponse | None:
+        """See the proto."""
+        async with errors_as_status(context):
+            return to_response(self._status())
+        return None
+
+    async def drain(self, grace_s: float) -> None:
+        """Wait for the open asks, at most `grace_s` seconds; then end them with UNAVAILABLE."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        except TimeoutError:
+            for mailbox in self._mailboxes:
+                mailbox.put(Failed(Unavailable("the daemon is stopping: the answer was cut off, ask again")))
+
+    def _admit(self) -> None:
+        if self._open_asks >= MAX_OPEN_ASKS:
+            raise Overloaded(f"{MAX_OPEN_ASKS} questions are open already: ask again later")
+        self._open_asks += 1
+        self._idle.clear()
+
+    def _leave(self) -> None:
+        self._open_asks -= 1
+        if not self._open_asks:
+            self._idle.set()
+
+    async def _answer(self, request: iotd_pb2.AskRequest, context: AskContext, arrived_s: float) -> None:
+        self._serving_engine()
+        left_s = context.time_remaining()
+        ends_s = requests.deadline_s(request, arrived_s, left_s, self.limits)
+        ask = requests.parse(request, arrived_s, ends_s, self.limits)
+        try:
+            if request.images:
+                ask = replace(ask, images=await self._images(request, ends_s))
+            await self._run(ask, context)
+        except DeadlineExceeded as error:
+            if left_s is None or ends_s >= arrived_s + requests.budget_s(request, self.limits):
+                raise
+            raise DeadlineExceeded(f"the call's own deadline of {left_s:.3g} s came before the budget's end") from error
+
+    async def _images(self, request: iotd_pb2.AskRequest, ends_s: float) -> tuple[RGB, ...]:
+        async with _ends_by(ends_s, "the budget ended while the images were decoded"), self._decoders:
+            return await requests.decode_images(list(request.images), self._decode_image)
+
+    async def _run(self, ask: events.Ask, context: AskContext) -> None:
+        mailbox = Mailbox()
+        # Once more: the daemon may have begun to stop while the images were decoded.
+        ticket = self._serving_engine().submit(ask, mailbox.put)
+        self._mailboxes.add(mailbox)
+        try:
+            await context.write(_accepted_event(ticket.accepted))
+            await _deliver(mailbox, context, ask.deadline_s)
+        finally:
+            # Also where the client went away: the engine stops within one step. After the end it does nothing.
+            ticket.cancel()
+            mailbox.close()
+            self._mailboxes.discard(mailbox)
+
+    def _serving_engine(self) -> AskEngine:
+        if self.state is ServingState.DRAINING:
+            raise Unavailable("the daemon is stopping: ask again when it is back", retry_after_s=5.0)
+        if self.state is ServingState.LOADING or self.engine is None:
+            raise Unavailable("the daemon is loading its model: ask again in a moment", retry_after_s=2.0)
+        return self.engine
+
+
+async def _deliver(mailbox: Mailbox, context: AskContext, deadline_s: float) -> None:
+    """Pass the answer on, at the client's pace.
+
+    A write has no limit of its own: gRPC cannot end a call in the middle of one. A client that does not read holds this
+    coroutine and the rest of its answer, never the engine; when it goes, gRPC cancels both.
+    """
+    while True:
+        async with _ends_by(deadline_s + STUCK_S, "the engine did not end the answer in time"):
+            event = await mailbox.get()
+        match event:
+            case Delta(text):
+                await context.write(iotd_pb2.AskEvent(delta=iotd_pb2.AskDelta(text=text)))
+            case Done() as done:
+                await context.write(_done_event(done))
+                return
+            case Failed(error):
+                raise error
+
+
+@asynccontextmanager
+async def _ends_by(time_s: float, otherwise: str) -> AsyncIterator[None]:
+    """Raises DeadlineExceeded where the block is still waiting at `time_s`, on the monotonic clock."""
+    try:
+        async with asyncio.timeout(time_s - time.monotonic()):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded(otherwise) from None
+
+
+def _accepted_event(accepted: Accepted) -> iotd_pb2.AskEvent:
+    return iotd_pb2.AskEvent(
+        accepted=iotd_pb2.AskAccepted(request_id=accepted.request_id, queue_position=accepted.queue_position)
+    )
+
+
+def _done_event(done: Done) -> iotd_pb2.AskEvent:
+    usage, timings = done.usage, done.timings
+    return iotd_pb2.AskEvent(
+        done=iotd_pb2.AskDone(
+            finish_reason=f"FINISH_REASON_{done.finish_reason.name}",
+            usage=iotd_pb2.Usage(
+                context_tokens=usage.context_tokens,
+                prompt_tokens=usage.prompt_tokens,
+                image_tokens=usage.image_tokens,
+                generation_tokens=usage.generation_tokens,
+            ),
+            timings=iotd_pb2.Timings(
+                queue=duration(timings.queue_s),
+                image=duration(timings.image_s),
+                prefill=duration(timings.prefill_s),
+                decode=duration(timings.decode_s),
+                first_token=duration(timings.first_token_s) if timings.first_token_s else None,
+                total=duration(timings.total_s),
+            ),
+        )
+    )
