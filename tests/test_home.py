@@ -1,0 +1,215 @@
+"""The simulated home is plausible, the same for the same seed, drawn with its truth, and read back through a broker."""
+
+import queue
+import threading
+import time
+from collections import Counter
+
+import cv2
+import numpy as np
+import pytest
+from broker import WAIT_S, Linked, MakeLink
+
+from iotd.demo.broker import Mosquitto
+from iotd.demo.home import DAY_S, DOORS, HEATED_C, ROOMS, Home
+from iotd.demo.scene import COLOURS, KINDS, draw, jpeg, light_at
+from iotd.demo.simulate import Totals, home_subscriptions, run
+from iotd.errors import Unavailable
+from iotd.events import Frame, Reading
+from iotd.ingest import Routes, decode_image
+
+pytest_plugins = ("broker",)
+
+
+@pytest.fixture(scope="module")
+def day() -> tuple[Home, list[tuple[float, float, float, tuple[str, ...], str]], Counter[tuple[str, str, str]]]:
+    """A day of one home: every ten minutes the time, outside and lounge temperature, things at the door, the place."""
+    home = Home(seed=3, start_s=0.0)
+    samples, changes = [], Counter[tuple[str, str, str]]()
+    while home.truth.time_s < DAY_S:
+        changes.update((c.device, c.name, c.state) for c in home.advance(600))
+        truth = home.truth
+        lounge_c = truth.rooms["lounge"].temperature
+        samples.append((truth.time_s, truth.outside_c, lounge_c, truth.at_door, truth.place))
+    return home, samples, changes
+
+
+def test_the_same_seed_gives_the_same_day_in_steps_of_any_size() -> None:
+    one, other, third = Home(7), Home(7), Home(8)
+    changes = [one.advance(3600), [c for _ in range(7200) for c in other.advance(0.5)], third.advance(3600)]
+    assert changes[0] == changes[1] != changes[2]
+    assert one.truth == other.truth
+
+
+def test_temperatures_follow_the_day_and_stay_where_people_live(day: tuple) -> None:
+    home, samples, _ = day
+    coldest, warmest = min(samples, key=lambda s: s[1]), max(samples, key=lambda s: s[1])
+    assert 2 < coldest[0] / 3600 < 8 or coldest[0] / 3600 > 23
+    assert 13 < warmest[0] / 3600 < 20
+    assert 4 < warmest[1] - coldest[1] < 14
+    assert all(14 < lounge_c < 25 for _, _, lounge_c, _, _ in samples)
+    for name, room in home.truth.rooms.items():
+        assert home.truth.outside_c - 2 < room.temperature < HEATED_C[name] + 2
+        assert 30 < room.humidity < 95
+
+
+def test_temperature_never_jumps() -> None:
+    home = Home(1)
+    for _ in range(600):
+        before = {name: room.temperature for name, room in home.truth.rooms.items()}
+        home.advance(10)
+        assert all(abs(room.temperature - before[name]) < 0.5 for name, room in home.truth.rooms.items())
+
+
+def test_doors_and_motion_sensors_alternate_between_their_states(day: tuple) -> None:
+    _, _, changes = day
+    for device, names, states in (("door", DOORS, ("open", "closed")), ("motion", ROOMS, ("detected", "clear"))):
+        for name in names:
+            assert 0 <= changes[device, name, states[0]] - changes[device, name, states[1]] <= 1
+    assert changes["door", "front", "open"] >= 2
+    assert changes["motion", "kitchen", "detected"] >= 5
+    assert sum(changes.values()) < 3000
+
+
+def test_the_inhabitant_sleeps_at_night_and_moves_by_day(day: tuple) -> None:
+    _, samples, _ = day
+    night = {place for time_s, *_, place in samples if time_s < 6 * 3600}
+    by_day = {place for time_s, *_, place in samples if 8 * 3600 < time_s < 22 * 3600}
+    assert night <= {"bedroom", "bathroom"}
+    assert len(by_day) >= 4
+
+
+def test_things_come_to_the_door_and_go() -> None:
+    home, seen, n_empty = Home(2), Counter[str](), 0
+    for _ in range(8 * 60):
+        home.advance(60)
+        seen.update(home.truth.at_door)
+        n_empty += not home.truth.at_door
+    assert set(seen) <= set(KINDS)
+    assert len(seen) >= 3
+    assert n_empty > 30
+
+
+@pytest.mark.parametrize("kinds", [(), *((kind,) for kind in KINDS), ("person", "dog"), KINDS])
+def test_a_scene_shows_what_its_truth_says(kinds: tuple[str, ...]) -> None:
+    scene = draw(kinds, np.random.default_rng(5))
+    assert (scene.rgb.dtype, scene.rgb.shape) == (np.uint8, (256, 256, 3))
+    assert sorted(thing.kind for thing in scene.things) == sorted(kinds)
+    for thing in scene.things:
+        left, top, right, bottom = thing.box
+        assert 0 <= left < right <= 256
+        assert 0 <= top < bottom <= 256
+        assert thing.colour in COLOURS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_drawn_thing_changes_the_picture_inside_its_box_only(kind: str) -> None:
+    """Against the same picture without it; 6 pixels more are for its shadow and its hands."""
+    for seed in range(10):
+        empty, scene = (draw(kinds, np.random.default_rng(seed)) for kinds in ([], [kind]))
+        left, top, right, bottom = scene.things[0].box
+        rows, columns = np.nonzero((scene.rgb != empty.rgb).any(-1))
+        assert rows.size > 0.2 * (bottom - top) * (right - left)
+        assert top - 6 <= rows.min() < rows.max() < bottom + 6
+        assert left - 6 <= columns.min() < columns.max() < right + 6
+
+
+def test_scenes_differ_in_place_size_and_colour() -> None:
+    rng = np.random.default_rng(0)
+    things = [draw(["car"], rng).things[0] for _ in range(20)]
+    assert len({thing.colour for thing in things}) >= 3
+    assert len({thing.box[0] for thing in things}) >= 10
+    assert len({thing.box[2] - thing.box[0] for thing in things}) >= 5
+
+
+def test_the_same_seed_draws_the_same_picture() -> None:
+    one, other = (draw(["dog", "car"], np.random.default_rng(9), light=0.5) for _ in range(2))
+    assert (one.rgb == other.rgb).all()
+    assert one.things == other.things
+
+
+def test_night_is_darker_than_noon() -> None:
+    assert light_at(12 * 3600) == 1.0
+    assert light_at(0.0) == light_at(DAY_S) < 0.5
+    noon, night = (draw([], np.random.default_rng(0), light=light_at(t)).rgb.mean() for t in (43200.0, 0.0))
+    assert night < noon / 2
+
+
+def test_the_cameras_jpeg_is_the_picture() -> None:
+    scene = draw(["person"], np.random.default_rng(1))
+    decoded = decode_image(jpeg(scene.rgb), max_pixels=256 * 256)
+    assert cv2.PSNR(decoded, scene.rgb) > 25
+
+
+def test_every_subscription_of_the_home_has_its_own_topics() -> None:
+    routes = Routes(home_subscriptions())
+    for topic, name in {
+        "home/kitchen/temperature": "kitchen temperature",
+        "home/bedroom/climate": "bedroom",
+        "home/kitchen/motion": "kitchen motion",
+        "home/door/front": "front door",
+        "home/power/fridge": "fridge power",
+        "home/camera/door": "door",
+    }.items():
+        route = routes.find(topic)
+        assert route is not None
+        assert (route.label, route.overlaps) == (name, False)
+
+
+def test_the_home_is_read_through_a_broker(mosquitto: Mosquitto, link: MakeLink) -> None:
+    """Every kind of its devices, at 50 readings and 2 frames a second, without a loss."""
+    linked = link(mosquitto.port, subscriptions=home_subscriptions()).connected()
+    totals = run(mosquitto.host, mosquitto.port, seed=1, rate_hz=50, frame_hz=2, duration_s=2, speed=300)
+    assert totals.lost == 0
+    assert totals.readings >= 90
+    assert totals.frames >= 3
+    events = [linked.next() for _ in range(totals.readings + 1)]
+    readings = {event.source: event.text for event in events if isinstance(event, Reading)}
+    assert {f"{room} motion" for room in ROOMS} | {f"{door} door" for door in DOORS} <= readings.keys()
+    assert readings["kitchen temperature"].endswith(" °C")
+    assert readings["bedroom"].startswith("temperature ")
+    assert readings["bedroom"].endswith(" %")
+    assert readings["fridge power"].endswith(" W")
+    assert any(isinstance(event, Frame) and event.camera == "door" for event in events)
+    dropped = {name: n for name, n in linked.link.status().counters.items() if name.startswith("dropped") and n}
+    assert not dropped
+
+
+def test_a_daemon_that_comes_later_still_learns_the_doors(mosquitto: Mosquitto, link: MakeLink) -> None:
+    run(mosquitto.host, mosquitto.port, rate_hz=1, frame_hz=0, duration_s=0.01)
+    linked: Linked = link(mosquitto.port, subscriptions=home_subscriptions()).connected()
+    sources = {event.source for _ in range(9) if isinstance(event := linked.next(), Reading)}
+    assert sources == {f"{room} motion" for room in ROOMS} | {f"{door} door" for door in DOORS}
+
+
+def test_the_simulation_ends_when_it_is_told_to(mosquitto: Mosquitto) -> None:
+    stopping, ended = threading.Event(), queue.Queue[Totals]()
+    thread = threading.Thread(
+        target=lambda: ended.put(run(mosquitto.host, mosquitto.port, stopping=stopping, rate_hz=100))
+    )
+    thread.start()
+    stopping.set()
+    assert ended.get(timeout=WAIT_S).lost == 0
+    thread.join()
+
+
+def test_a_simulation_that_cannot_keep_its_rate_still_ends_on_time(mosquitto: Mosquitto) -> None:
+    began_s = time.monotonic()
+    run(mosquitto.host, mosquitto.port, rate_hz=1e9, duration_s=0.1)
+    assert time.monotonic() - began_s < 20
+
+
+def test_progress_is_told_about_once_a_second(mosquitto: Mosquitto) -> None:
+    told: list[int] = []
+    run(
+        mosquitto.host, mosquitto.port, rate_hz=20, duration_s=1.1, progress=lambda totals: told.append(totals.readings)
+    )
+    assert len(told) == 1
+    assert told[0] > 9
+
+
+def test_a_simulation_without_a_broker_says_so() -> None:
+    began_s = time.monotonic()
+    with pytest.raises(Unavailable, match="no MQTT broker at 127"):
+        run("127.0.0.1", 1)
+    assert time.monotonic() - began_s < WAIT_S
