@@ -1,0 +1,1 @@
+"""Operations: logs, systemd, readings of the board, checks before the start, measurements."""

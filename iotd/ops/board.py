@@ -1,0 +1,43 @@
+"""Readings of the board itself: memory and cores. None where a board has no such thing."""
+
+import os
+from pathlib import Path
+
+PROC = Path("/proc")
+
+
+def resident_nbytes(pid: int | None = None) -> int:
+    """Memory of a process that lies in RAM, in bytes; this process by default. 0 where it cannot be read."""
+    return _status_field("VmRSS", pid)
+
+
+def anonymous_nbytes(pid: int | None = None) -> int:
+    """The part of it that the kernel cannot drop and read again from a file."""
+    return _status_field("RssAnon", pid)
+
+
+def available_nbytes() -> int | None:
+    """Memory that new work can take without swapping."""
+    for line in _lines(PROC / "meminfo"):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def cores() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def _status_field(name: str, pid: int | None) -> int:
+    for line in _lines(PROC / str(pid or "self") / "status"):
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []

@@ -1,0 +1,246 @@
+"""The command line: quick, quiet on Ctrl-C and closed pipes, and one clear sentence for what went wrong."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from daemon import ServeProcess, serving, write_config
+
+from iotd.cli import DURATION, commands
+
+HEAVY = {"onnxruntime", "numpy", "cv2", "grpc", "paho", "rich", "yaml", "msgspec", "onnx", "asyncio"}
+
+
+def iotd(*args: str, env: dict[str, str] | None = None, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "iotd", *args],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | (env or {}),
+        timeout=timeout_s,
+    )
+
+
+@pytest.fixture
+def settings(tiny_package: Path) -> dict[str, Any]:
+    return {
+        "model": {"path": str(tiny_package), "threads": 1},
+        "context": {"window": 256, "chunk_tokens": 16, "system": "Watch the home."},
+    }
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, settings: dict[str, Any]) -> Iterator[ServeProcess]:
+    with serving(tmp_path, settings) as process:
+        yield process.wait_ready()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port: int = s.getsockname()[1]
+        return port
+
+
+def test_help_loads_nothing_heavy() -> None:
+    script = f"import sys, iotd.cli; print(sorted({HEAVY!r} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True) == "[]\n"
+
+
+@pytest.mark.parametrize("command", sorted(commands.commands))
+def test_every_command_has_help(command: str) -> None:
+    result = iotd(command, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"Usage: iotd {command}" in result.stdout
+
+
+def test_version_is_told_both_ways() -> None:
+    assert iotd("version").stdout == iotd("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("2s", 2), ("500ms", 0.5), ("1m30s", 90), ("1.5s", 1.5), ("3", 3), ("0.25", 0.25), ("1h", 3600), ("1s500ms", 1.5)],
+)
+def test_durations_have_units(text: str, seconds: float) -> None:
+    assert DURATION.convert(text, None, None) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "s", "2 s", "-1s", "0", "0s", "2x", "1m30", "1s,2s", "inf", "nan", "9" * 400 + "d"]
+)
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        DURATION.convert(text, None, None)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["ask"],
+        ["nonsense"],
+        ["ask", "a", "--budget", "soon"],
+        ["ask", "a", "--image", "/no"],
+        ["ask", "a", "--temperature", "nan"],
+        ["simulate", "--speed", "inf"],
+        ["simulate", "--rate", "1e9"],
+        ["simulate", "--frames", "nan"],
+        ["convert", "--random", "tiny"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(args: list[str]) -> None:
+    result = iotd(*args)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "Usage: iotd" in result.stderr
+
+
+def test_an_answer_streams_to_the_terminal(daemon: ServeProcess) -> None:
+    result = iotd("ask", "Is a door open?", "--target", daemon.target, "--max-tokens", "4", "--budget", "30s")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("\n")
+
+
+def test_json_gives_one_event_a_line_and_how_it_ended(daemon: ServeProcess) -> None:
+    result = iotd("ask", "Is a door open?", "--target", daemon.target, "--max-tokens", "4", "--no-context", "--json")
+    *deltas, last = [json.loads(line) for line in result.stdout.splitlines()]
+    assert all(list(delta) == ["delta"] for delta in deltas)
+    assert last["done"]["finish_reason"] in ("stop", "length")
+    assert last["done"]["usage"]["generation_tokens"] <= 4
+    assert last["done"]["timings"]["total_s"] > 0
+
+
+def test_an_unknown_camera_is_one_sentence_and_exit_code_1(daemon: ServeProcess) -> None:
+    result = iotd("ask", "Who is there?", "--camera", "door", "--target", daemon.target)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("iotd: ")
+    assert "'door'" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_daemon_that_is_not_there_is_one_sentence_and_exit_code_1() -> None:
+    result = iotd("ask", "Anyone?", "--target", f"127.0.0.1:{free_port()}", "--budget", "1s")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("iotd: no iotd reached at 127.0.0.1:")
+
+
+def test_ctrl_c_is_quiet(daemon: ServeProcess) -> None:
+    args = ["ask", "Tell a long story.", "--target", daemon.target, "--max-tokens", "1000", "--budget", "60s", "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "iotd", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors.strip()) == (130, "")
+
+
+def test_a_closed_pipe_is_quiet(daemon: ServeProcess) -> None:
+    args = ["ask", "Tell a long story.", "--target", daemon.target, "--max-tokens", "1000", "--budget", "60s", "--json"]
+    process = subprocess.Popen([sys.executable, "-m", "iotd", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    process.stdout = None
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (1, b"")
+
+
+def test_check_says_what_it_would_do(tmp_path: Path, settings: dict[str, Any]) -> None:
+    result = iotd("check", "-c", str(write_config(tmp_path, settings)))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [line.split()[:2] for line in result.stdout.splitlines()] == [
+        ["ok", name] for name in ("config", "model", "memory", "grpc", "broker")
+    ]
+
+
+def test_check_names_every_problem_with_its_remedy(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = {
+            "model": {"path": str(tmp_path / "nothing")},
+            "grpc": {"listen": f"127.0.0.1:{taken.getsockname()[1]}"},
+            "mqtt": {"host": "127.0.0.1", "port": free_port()},
+        }
+        result = iotd("check", "-c", str(write_config(tmp_path, config)), "--json")
+    told = json.loads(result.stdout)
+    assert (result.returncode, told["ok"]) == (1, False)
+    problems = {finding["name"]: finding for finding in told["findings"] if not finding["ok"]}
+    assert sorted(problems) == ["broker", "grpc", "model"]
+    assert all(finding["text"] and finding["remedy"] for finding in problems.values())
+
+
+def test_check_tells_every_error_of_the_configuration(tmp_path: Path) -> None:
+    path = write_config(tmp_path, {"mqtt": {"port": 0, "prot": 1}})
+    result = iotd("check", "-c", str(path))
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "mqtt.port: 0" in result.stdout
+    assert "did you mean port?" in result.stdout
+
+
+def test_check_takes_a_server_that_is_no_broker_for_a_problem(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        mqtt = {"host": "127.0.0.1", "port": server.getsockname()[1]}
+        server.close()
+        result = iotd("check", "-c", str(write_config(tmp_path, settings | {"mqtt": mqtt})), "--json")
+    broker = json.loads(result.stdout)["findings"][-1]
+    assert (broker["name"], broker["ok"]) == ("broker", False)
+
+
+def test_check_of_a_file_that_is_not_there_says_so(tmp_path: Path) -> None:
+    result = iotd("check", "-c", str(tmp_path / "absent.yaml"))
+    assert result.returncode == 1
+    assert "absent.yaml" in result.stdout
+    assert "name a file" in result.stdout
+
+
+def test_random_weights_without_a_place_say_what_to_give() -> None:
+    assert "with --random give OUT alone" in iotd("convert", "--random", "tiny").stderr
+
+
+def test_a_full_disk_is_one_sentence_and_exit_code_1() -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "iotd", "version"], check=False, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (result.returncode, result.stderr) == (1, "iotd: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["ask", "why?", "--key-file", "FILE"],
+        ["ask", "why?", "--ca-file", "FILE"],
+        ["ask", "why?", "--target", "localhost"],
+        ["ask", "why?", "--max-tokens", "99999999999"],
+        ["ask", b"\xff"],
+        ["simulate", "--password-file", "FILE"],
+    ],
+)
+def test_what_cannot_be_used_is_one_sentence_and_exit_code_1(tmp_path: Path, args: list[str | bytes]) -> None:
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\x00")
+    command = [sys.executable, "-m", "iotd", *(str(binary) if arg == "FILE" else arg for arg in args)]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("iotd: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_hangup_before_the_daemon_listens_for_it_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    found = []
+    monkeypatch.setattr("iotd.app.serve", lambda read: found.append(signal.getsignal(signal.SIGHUP)) or 0)
+    try:
+        assert commands.main(["serve"], standalone_mode=False) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert found == [signal.SIG_IGN]
