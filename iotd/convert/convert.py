@@ -93,7 +93,7 @@ def convert_random(
     seed: int = 0,
     progress: Progress = lambda _: None,
 ) -> Manifest:
-    """Write a package of random weights with the shape of a published model, one of `random.SIZES`."""
+    """Write a package of random weights with the shape of a published model, one of `random.N_PARAMETERS`."""
     origin = Origin(
         name=f"random-{size}",
         source=Source(repo="random", revision=f"seed {seed}"),

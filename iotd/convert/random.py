@@ -65,7 +65,6 @@ _SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {"depth": 2, "hidden_size": 48, "num_heads": 2, "intermediate_size": 80, "num_position_embeddings": 36},
     ),
 }
-SIZES = tuple(_SIZES)
 N_PARAMETERS = {"0.8b": 853_000_000, "tiny": 600_000}
 # Ids in the published vocabulary, counted from its first special token.
 _SPECIAL_TOKENS = {
@@ -89,7 +88,7 @@ def special_tokens(vocab_size: int) -> dict[str, int]:
 
 
 def random_config(size: str) -> dict[str, Any]:
-    """config.json of one of SIZES."""
+    """config.json of one of N_PARAMETERS."""
     text, vision = _SIZES[size]
     special = special_tokens((_TEXT | text)["vocab_size"])
     return {

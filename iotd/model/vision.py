@@ -46,7 +46,7 @@ class VisionEncoder:
         check_image(rgb)
         height, width = rgb.shape[:2]
         pixels = resize(rgb, *self._size(height, width))
-        _, rows, columns = self.grid(height, width)
+        rows, columns = (side // self.spec.patch_size for side in pixels.shape[:2])
         at = patch_coordinates(rows, columns, self.spec.merge_size)
         position_rows, position_weights = bilinear_corners(at, (rows, columns), self.spec.grid_side)
         cos, sin = axial_rotary(at, self.spec)
