@@ -62,6 +62,10 @@ class AskConfig(_Section, frozen=True):
     max_budget_s: Budget = 600.0
     max_tokens: Count = 256
     """Answer tokens of an ask that names no number."""
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.7
+    """Of an ask that names none."""
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 1.5
+    """Of an ask that names none."""
     reserve_tokens: Annotated[int, msgspec.Meta(ge=64, le=1_000_000)] = 1024
     """Positions kept beyond the window for a question with its images and answer."""
     max_images: Annotated[int, msgspec.Meta(ge=0, le=64)] = 4

@@ -22,7 +22,9 @@ from iotd.v1 import iotd_pb2, iotd_pb2_grpc
 
 @pytest.fixture
 def daemon() -> Iterator[Daemon]:
-    with running(ask=AskConfig(budget_s=20, max_budget_s=60, max_tokens=99, max_images=2)) as served:
+    with running(
+        ask=AskConfig(budget_s=20, max_budget_s=60, max_tokens=99, temperature=0.3, presence_penalty=0.5, max_images=2)
+    ) as served:
         yield served
 
 
@@ -80,7 +82,7 @@ def test_unset_fields_take_the_defaults(daemon: Daemon, stub: Any) -> None:
     assert ask.images == ()
     assert ask.camera is None
     assert ask.use_context is True
-    assert ask.sampling == Sampling(max_tokens=99)
+    assert ask.sampling == Sampling(max_tokens=99, temperature=0.3, presence_penalty=0.5)
 
 
 def test_every_field_reaches_the_engine_zeros_too(daemon: Daemon, stub: Any) -> None:

@@ -82,7 +82,9 @@ def _check_size(field: str, size: int, limit: int, unit: str) -> None:
 
 
 def _sampling(options: iotd_pb2.SamplingOptions, limits: AskConfig) -> Sampling:
-    defaults = Sampling(max_tokens=limits.max_tokens)
+    defaults = Sampling(
+        max_tokens=limits.max_tokens, temperature=limits.temperature, presence_penalty=limits.presence_penalty
+    )
     given = {field.name: value for field, value in options.ListFields() if field.name != "stop"}
     sampling = replace(defaults, **given, stop=tuple(options.stop))
     check_sampling(sampling)
