@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -19,6 +19,8 @@ from iotd.errors import InvalidInput, IotdError
 if TYPE_CHECKING:
     from iotd.client import Answer
     from iotd.config import Config
+    from iotd.demo.evaluate import Outcome
+    from iotd.demo.respondents import DaemonRespondent, FreshDaemonRespondent, PackageRespondent
     from iotd.demo.simulate import Totals
     from iotd.model.package import Manifest
 
@@ -300,16 +302,91 @@ def simulate(host: str, port: int, as_json: bool, **options: Any) -> None:
 
 @commands.command()
 @click.option("--for", "for_s", type=DURATION, help="Stop after this long; otherwise at Ctrl-C.")
+@click.option("--seed", type=int, help="Another home, and other questions.")
 @JSON
-def demo(for_s: float | None, as_json: bool) -> int:
-    """See it work: a broker, a simulated home, the daemon, and questions with budgets. Needs no weights.
+def demo(for_s: float | None, seed: int | None, as_json: bool) -> int:
+    """See it work: a broker, a simulated home, the daemon, and questions whose answers stand beside the truth.
 
-    Exit code 0 only if every question was answered in time.
+    Brings a very small model of its own. Exit code 0 only if every question was answered in time.
     """
     with _extra("demo"):
         from iotd.demo import run
 
-    return run.run(for_s=for_s, as_json=as_json)
+    return run.run(for_s=for_s, seed=run.SEED if seed is None else seed, as_json=as_json)
+
+
+@commands.command("eval")
+@click.argument("package", required=False, type=click.Path(path_type=Path))
+@click.option("--through-daemon", is_flag=True, help="Start a broker, and a daemon with PACKAGE for each home.")
+@click.option("--target", help="HOST:PORT of a running daemon, in PACKAGE's place; needs --broker.")
+@click.option("--broker", help="HOST:PORT of the broker that it reads the demo's topics from.")
+@click.option("--questions", type=click.IntRange(1), default=2000, show_default=True, help="How many to ask.")
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Compute threads for PACKAGE.")
+@click.option(
+    "--answers", type=click.File("w", encoding="utf-8"), help="Write each question and answer, as JSON lines."
+)
+@click.option("--show-wrong", type=click.IntRange(0), default=0, show_default=True, help="Wrong answers to show.")
+@JSON
+def evaluate(questions: int, answers: IO[str] | None, show_wrong: int, as_json: bool, **who: Any) -> None:
+    """Ask the held-out questions about simulated homes, and count the right answers by kind.
+
+    PACKAGE is asked directly. A running daemon keeps its context: start it fresh, and let nobody else publish to it.
+    """
+    from iotd.demo import evaluate as held_out
+
+    outcomes = []
+    with _respondent(**who) as respondent, _progress("asking", questions, as_json) as advance:
+        for outcome in held_out.ask(respondent, questions, one_home=who["target"] is not None):
+            outcomes.append(outcome)
+            if answers:
+                click.echo(json.dumps(_plain(outcome), ensure_ascii=False), file=answers)
+            advance(1)
+    wrong = [outcome for outcome in outcomes if not outcome.right][:show_wrong]
+    _tell_scores(outcomes, wrong, as_json)
+
+
+def _respondent(
+    package: Path | None, through_daemon: bool, target: str | None, broker: str | None, threads: int
+) -> "PackageRespondent | DaemonRespondent | FreshDaemonRespondent":
+    if (package is None) == (target is None):
+        raise click.UsageError("give either PACKAGE or --target")
+    if (target is None) != (broker is None):
+        raise click.UsageError("--target and --broker go together")
+    if through_daemon and target is not None:
+        raise click.UsageError("--through-daemon starts daemons of its own: give PACKAGE in --target's place")
+    from iotd.demo.respondents import DaemonRespondent, FreshDaemonRespondent, PackageRespondent
+
+    if package is None:
+        assert target is not None and broker is not None
+        return DaemonRespondent(target, broker)
+    return FreshDaemonRespondent(package, threads) if through_daemon else PackageRespondent(package, threads)
+
+
+def _tell_scores(outcomes: "Sequence[Outcome]", wrong: "Sequence[Outcome]", as_json: bool) -> None:
+    from iotd.demo.evaluate import score, scores
+
+    kinds = scores(outcomes)
+    sums = {
+        "overall": score(outcomes),
+        "without mischief before": score(outcome for outcome in outcomes if not outcome.mischief),
+        "with mischief before": score(outcome for outcome in outcomes if outcome.mischief),
+    }
+    if as_json:
+        told: dict[str, object] = {name.replace(" ", "_"): each.figures for name, each in sums.items()}
+        told |= {
+            "kinds": {kind: each.figures for kind, each in kinds.items()},
+            "wrong": [_plain(each) for each in wrong],
+        }
+        click.echo(json.dumps(told, ensure_ascii=False))
+        return
+    click.echo(f"{'kind':<24}{'asked':>7}{'right':>7}{'accuracy':>10}   95 % interval")
+    for name, each in [*kinds.items(), *sums.items()]:
+        low, high = each.interval
+        accuracy = f"{each.accuracy:.1%}" if each.asked else "-"
+        click.echo(f"{name:<24}{each.asked:>7}{each.right:>7}{accuracy:>10}   {low:.1%} to {high:.1%}")
+    for outcome in wrong:
+        click.echo(f"\n{outcome.kind}: {outcome.question}")
+        click.echo(f"  answer    {outcome.answer!r}\n  expected  {outcome.expected!r}")
 
 
 def _password(path: Path | None) -> str:

@@ -38,7 +38,7 @@ def test_readings_and_frames_arrive(mosquitto: Mosquitto, link: MakeLink) -> Non
     readings = {event.source: event.text for event in events if isinstance(event, Reading)}
     frames = [event for event in events if isinstance(event, Frame)]
     assert readings == {"kitchen temperature": "23.4 °C", "bath": "temperature 22 °C, humidity 61 %"}
-    assert [(frame.camera, frame.rgb.shape) for frame in frames] == [("door", (256, 256, 3))]
+    assert [(frame.camera, frame.rgb.shape) for frame in frames] == [("door", (160, 160, 3))]
 
 
 def test_the_status_says_where_and_how(mosquitto: Mosquitto, link: MakeLink) -> None:
@@ -147,7 +147,7 @@ def test_overload_drops_the_oldest_and_counts(mosquitto: Mosquitto, link: MakeLi
 
 
 def test_bad_payloads_are_counted_and_disturb_nothing(mosquitto: Mosquitto, link: MakeLink) -> None:
-    linked = link(mosquitto.port, max_payload_bytes=10_000, max_pixels=200 * 200).connected()
+    linked = link(mosquitto.port, max_payload_bytes=10_000, max_pixels=100 * 100).connected()
     with Publisher(mosquitto.host, mosquitto.port) as publisher:
         publisher.publish("home/a/temperature", b"\xff\xfe")
         publisher.publish("home/a/climate", "{")

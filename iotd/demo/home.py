@@ -5,7 +5,7 @@ The same seed gives the same day, whatever the steps it is advanced in. Knows no
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 TICK_S = 1.0
@@ -15,9 +15,21 @@ SLOW_TICKS = 10
 SLOW_S = SLOW_TICKS * TICK_S
 DAY_S = 86400.0
 
+HEATED_C = {
+    "kitchen": 20.5,
+    "lounge": 21.5,
+    "hallway": 18.5,
+    "bedroom": 18.0,
+    "bathroom": 22.0,
+    "garage": 9.0,
+    "study": 20.0,
+    "nursery": 21.0,
+    "attic": 14.0,
+    "cellar": 11.0,
+}
+"""Every room that a home may have, and where its thermostat is set by day, °C, give or take what the people like."""
 ROOMS = ("kitchen", "lounge", "hallway", "bedroom", "bathroom", "garage")
-HEATED_C = {"kitchen": 20.5, "lounge": 21.5, "hallway": 18.5, "bedroom": 18.0, "bathroom": 22.0, "garage": 9.0}
-"""Where the thermostats are set by day, °C."""
+"""The rooms of the home that is shown."""
 DOORS = ("front", "back", "garage")
 ROOM_OF_DOOR = {"front": "hallway", "back": "kitchen", "garage": "garage"}
 AT_DOOR = {"person": (3600.0, 40.0), "car": (5400.0, 300.0), "dog": (7200.0, 25.0), "bicycle": (9000.0, 120.0)}
@@ -31,6 +43,8 @@ _DRAUGHT_TIME_S = 1500.0
 _DAMP_TIME_S = 1200.0
 _MOTION_CLEARS_S = 30.0
 _LONG_AWAY = ("away", 2700.0, 14400.0)
+_LIKED = {"kitchen": 4, "lounge": 4, "hallway": 3, "garage": 1, "attic": 1, "cellar": 1, "away": 1}
+"""How often the inhabitant goes to a room; twice to one that is not named here."""
 
 
 @dataclass
@@ -86,20 +100,53 @@ class _Plan:
 
 
 class Home:
-    """Advance it in time and look at `truth`. start_s: seconds since midnight at which it begins."""
+    """Advance it in time and look at `truth`.
 
-    def __init__(self, seed: int, start_s: float = 8 * 3600.0) -> None:
+    start_s: seconds since midnight at which it begins. spread_c: standard deviation of its thermostats from HEATED_C.
+    lived_in: begins in the middle of a day's life, with doors open and somebody at the door, instead of at rest.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        start_s: float = 8 * 3600.0,
+        *,
+        rooms: Sequence[str] = ROOMS,
+        spread_c: float = 1.0,
+        lived_in: bool = False,
+    ) -> None:
         self._rng = random.Random(seed)
         self._start_s = self._asked_s = start_s
         self._n_ticks = 0
         outside_c = self._rng.uniform(-2, 14)
         self._mean_outside_c = outside_c
         self._weather_c = 0.0
-        rooms = {name: Room(HEATED_C[name] + self._rng.uniform(-1, 1), self._rng.uniform(38, 52)) for name in ROOMS}
+        self._heated_c = {name: HEATED_C[name] + self._rng.gauss(0, spread_c) for name in rooms}
+        begin = {
+            name: Room(c + self._rng.uniform(-1, 1), self._rng.uniform(38, 52)) for name, c in self._heated_c.items()
+        }
         power = {"fridge": 90.0, "kettle": 0.0, "washer": 0.0}
-        self.truth = Truth(start_s, outside_c, rooms, dict.fromkeys(DOORS, False), power)
+        self.truth = Truth(start_s, outside_c, begin, dict.fromkeys(DOORS, False), power)
         self._plan = _Plan(moves_s=start_s + self._rng.uniform(20, 120))
         self._fridge_phase_s = self._rng.uniform(0, 2400)
+        if lived_in:
+            self._live()
+
+    def _live(self) -> None:
+        now_s, rng = self.truth.time_s, self._rng
+        self.truth.place = rng.choice((*self.truth.rooms, "away"))
+        for door in DOORS:
+            if rng.random() < 0.35:
+                self.truth.doors[door] = True
+                self._plan.door_closes_s[door] = now_s + rng.expovariate(1 / 120)
+        for name, room in self.truth.rooms.items():
+            if rng.random() < (0.9 if name == self.truth.place else 0.15):
+                room.motion, room.last_motion_s = True, now_s - rng.uniform(0, _MOTION_CLEARS_S)
+        for thing in (*AT_DOOR, "parcel"):
+            if rng.random() < 0.3:
+                self._appears(thing, rng.expovariate(1 / 180))
+        self._plan.kettle_off_s = now_s + rng.uniform(-200, 100)
+        self._plan.washer_off_s = now_s + rng.uniform(-3000, 3300)
 
     def advance(self, seconds: float) -> list[Change]:
         """Move on by whole ticks until `seconds` have passed; returns what changed, in order."""
@@ -169,13 +216,12 @@ class Home:
 
     def _next_place(self) -> str:
         if self._asleep():
-            return self._rng.choices(("bedroom", "bathroom"), (9, 1))[0]
-        if self.truth.place == "away":
+            at_night = [name for name in self.truth.rooms if name in ("bedroom", "bathroom")] or [*self.truth.rooms]
+            return self._rng.choices(at_night, [9 if name == "bedroom" else 1 for name in at_night])[0]
+        if self.truth.place == "away" and "hallway" in self.truth.rooms:
             return "hallway"
-        places = (*ROOMS, "away")
-        weights = [
-            0 if place == self.truth.place else w for place, w in zip(places, (4, 4, 3, 2, 2, 1, 1), strict=True)
-        ]
+        places = (*self.truth.rooms, "away")
+        weights = [0 if place == self.truth.place else _LIKED.get(place, 2) for place in places]
         return self._rng.choices(places, weights)[0]
 
     def _dwell_s(self, place: str) -> float:
@@ -211,7 +257,7 @@ class Home:
 
     def _climate(self, name: str, room: Room) -> None:
         night = 2.5 if self._asleep() and name != "garage" else 0.0
-        room.temperature += (HEATED_C[name] - night - room.temperature) * SLOW_S / _ROOM_TIME_S
+        room.temperature += (self._heated_c[name] - night - room.temperature) * SLOW_S / _ROOM_TIME_S
         if any(is_open and ROOM_OF_DOOR[door] == name for door, is_open in self.truth.doors.items()):
             room.temperature += (self.truth.outside_c - room.temperature) * SLOW_S / _DRAUGHT_TIME_S
         showering = name == "bathroom" and self.truth.time_s < self._plan.shower_ends_s

@@ -1,86 +1,109 @@
-"""`iotd demo`: a broker, a simulated home, the daemon, and questions over real gRPC, in one tree of processes.
+"""`iotd demo`: a broker, a simulated home, the daemon, and questions over real gRPC whose answers can be checked.
 
-The model is tiny and random for now: what it answers is noise, and when it answers is not.
+The daemon is a process of its own, and all it knows came over MQTT; the home is a thread here, so that its truth is at
+hand.
 """
 
 import contextlib
-import itertools
 import json
-import os
-import shutil
+import math
+import random
 import signal
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from iotd import __version__
 from iotd.client import Client
-from iotd.convert.convert import convert_random
+from iotd.demo import simulate
 from iotd.demo.broker import embedded_broker
 from iotd.demo.child import Child, child
+from iotd.demo.devices import home_subscriptions
+from iotd.demo.ledger import Ledger
+from iotd.demo.package import demo_package
+from iotd.demo.questions import KIND_WEIGHTS, Question
 from iotd.demo.screen import Asked, Screen, open_screen
-from iotd.demo.simulate import home_subscriptions
-from iotd.errors import IotdError, PackageError, Unavailable
-from iotd.model import Model
+from iotd.errors import IotdError, Unavailable
+from iotd.events import ServerStatus
 
+T = TypeVar("T")
+
+SEED = 115
+"""A home with doors open, and a car, a parcel, a dog and a person to be seen, within the first minute."""
 START_S = 60.0
 PAUSE_S = 2.0
 """Between two questions."""
+LOOK_S = 1.0
+"""Between two looks at the daemon's figures."""
+POLL_S = 0.1
+"""Between two looks for what the demo waits for."""
 SLACK_S = 0.25
 """An answer counts as late when its last event came later than its budget and this, for the way back."""
 NODE = "demo"
+BUDGET_S = {"brief": 2.0, "json": 3.0, "sentence": 3.0, "long": 5.0}
+"""By the form of the answer that is asked for."""
+MAX_TOKENS = 96
+
+WINDOW_TOKENS = 1024
+READINGS_HZ, FRAMES_HZ = 8.0, 1.0
+"""A round of this home's devices has 18 readings of 17 tokens, and 2 frames of 42: the newest half of the window holds
+more than that."""
+SPEED = 20.0
+"""Seconds in the home to one here: somebody comes to the door once a minute."""
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One of the demo's questions."""
-
-    text: str
-    budget_s: float
-    camera: str | None = None
-    max_tokens: int = 32
-
-
-QUESTIONS = (
-    Question("Is any door open?", 2.0),
-    Question("Which room is the warmest, and how warm is it?", 3.0),
-    Question("What does the camera at the door show?", 5.0, camera="door"),
-    Question("Summarise the last minutes at length.", 1.0, max_tokens=1000),
-)
-
-
-def run(*, for_s: float | None, as_json: bool) -> int:
+def run(*, for_s: float | None, seed: int = SEED, as_json: bool) -> int:
     """Run until Ctrl-C, or for `for_s` seconds. Returns 0 where every question was answered in time, else 1.
 
-    Raises IotdError where a part does not start, or ends by itself.
+    seed: of the home and the questions. Raises IotdError where a part does not start, or ends by itself.
     """
+    tally = _Tally(time.monotonic())
     with _signals_interrupt(), open_screen(as_json) as screen:
-        tally = _Tally()
-        with contextlib.suppress(KeyboardInterrupt), _home(screen) as (daemon, target):
-            _converse(daemon, target, screen, tally, for_s)
-        screen.say(
-            f"questions asked {tally.asked}, answered in time {tally.in_time}",
-            asked=tally.asked,
-            in_time=tally.in_time,
-            ok=tally.ok,
-        )
+        with contextlib.suppress(KeyboardInterrupt), _stage(screen, seed) as stage:
+            _converse(stage, screen, tally, random.Random(seed), for_s)
+        screen.say(tally.text, **tally.facts)
     return 0 if tally.ok else 1
 
 
-@dataclass(slots=True)
 class _Tally:
-    asked: int = 0
-    in_time: int = 0
+    def __init__(self, began_s: float) -> None:
+        self._began_s = began_s
+        self._asked = self._right = self._in_time = 0
+        self._first_right_s: float | None = None
+
+    def add(self, asked: Asked) -> None:
+        self._asked += 1
+        self._right += asked.right
+        self._in_time += asked.in_time
+        if asked.right and self._first_right_s is None:
+            self._first_right_s = round(time.monotonic() - self._began_s, 3)
 
     @property
     def ok(self) -> bool:
-        return 0 < self.asked == self.in_time
+        return 0 < self._asked == self._in_time
+
+    @property
+    def facts(self) -> dict[str, object]:
+        return {
+            "asked": self._asked,
+            "right": self._right,
+            "in_time": self._in_time,
+            "first_right_s": self._first_right_s,
+            "ok": self.ok,
+        }
+
+    @property
+    def text(self) -> str:
+        counts = f"questions asked {self._asked}, answered right {self._right}, in time {self._in_time}"
+        return counts + (f"; the first right answer after {self._first_right_s:.1f} s" if self._first_right_s else "")
 
 
 @contextlib.contextmanager
@@ -100,22 +123,65 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """All that runs."""
+
+    daemon: Child
+    home: "Future[simulate.Totals]"
+    client: Client
+    ledger: Ledger
+
+    def status(self) -> ServerStatus:
+        """The daemon's. Raises IotdError where the daemon or the home has ended."""
+        self.daemon.check()
+        if self.home.done():
+            self.home.result()
+        return self.client.status()
+
+
 @contextlib.contextmanager
-def _home(screen: Screen) -> Iterator[tuple[Child, str]]:
-    """The whole scene, started in order and stopped in the opposite one: broker, daemon, simulated home."""
-    screen.say("The model is tiny and random: its answers are noise. What is real: the way, the times, the memory.")
-    package = _package()
-    with embedded_broker() as broker, tempfile.TemporaryDirectory(prefix="iotd-demo-") as folder:
-        host, port = broker.host, broker.port
+def _stage(screen: Screen, seed: int) -> Iterator[_Stage]:
+    """Started in order and stopped in the opposite one: broker, daemon, simulated home."""
+    screen.say(
+        "The model is the demo's own: a very small Qwen3.5 that was trained on simulated homes and knows no more."
+    )
+    package = demo_package(screen.say)
+    with contextlib.ExitStack() as stack:
+        broker = stack.enter_context(embedded_broker())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="iotd-demo-"))
         config = Path(folder) / "iotd.yaml"
-        config.write_text(json.dumps(_config(package, host, port)))
-        with child("the daemon", "serve", "-c", str(config), env={"IOTD_LOG__FORMAT": "json"}) as daemon:
-            target = daemon.wait_for("ready", START_S)["grpc"]
-            with child(
-                "the simulated home", "simulate", "--host", host, "--port", str(port), "--rate", "5", "--frames", "1"
-            ):
-                _introduce(screen, target, host, port)
-                yield daemon, target
+        config.write_text(json.dumps(_config(package, broker.host, broker.port)))
+        daemon = stack.enter_context(child("the daemon", "serve", "-c", str(config), env={"IOTD_LOG__FORMAT": "json"}))
+        target = daemon.wait_for("ready", START_S)["grpc"]
+        client = stack.enter_context(Client(target))
+        _introduce(screen, target, broker.host, broker.port)
+        _wait_for("connection to the broker", lambda: (link := client.status().link) and link.connected)
+        ledger = Ledger()
+        home = stack.enter_context(_home(broker.host, broker.port, seed, ledger))
+        yield _Stage(daemon, home, client, ledger)
+
+
+@contextlib.contextmanager
+def _home(host: str, port: int, seed: int, ledger: Ledger) -> "Iterator[Future[simulate.Totals]]":
+    """The simulated home, in a thread."""
+    stopping = threading.Event()
+    with ThreadPoolExecutor(1, "simulated-home") as pool:
+        try:
+            yield pool.submit(
+                simulate.run,
+                host,
+                port,
+                seed=seed,
+                rate_hz=READINGS_HZ,
+                frame_hz=FRAMES_HZ,
+                speed=SPEED,
+                lived_in=True,
+                stopping=stopping,
+                tell=ledger.tell,
+            )
+        finally:
+            stopping.set()
 
 
 def _introduce(screen: Screen, target: str, host: str, port: int) -> None:
@@ -123,31 +189,43 @@ def _introduce(screen: Screen, target: str, host: str, port: int) -> None:
     screen.say(f'gRPC     {target}    iotd ask --target {target} "Is a door open?"', grpc=target)
 
 
-def _converse(daemon: Child, target: str, screen: Screen, tally: _Tally, for_s: float | None) -> None:
+def _converse(stage: _Stage, screen: Screen, tally: _Tally, rng: random.Random, for_s: float | None) -> None:
     """Ask one question after the other."""
-    with Client(target) as client:
-        _wait_for_frame(client)
-        end_s = time.monotonic() + for_s if for_s else float("inf")
-        for question in itertools.cycle(QUESTIONS):
-            screen.status(client.status())
-            asked = _ask(client, question)
-            tally.asked += 1
-            tally.in_time += asked.in_time
-            screen.asked(asked)
-            left_s = end_s - time.monotonic()
-            if left_s <= 0:
-                return
-            time.sleep(min(PAUSE_S, left_s))
-            daemon.check()
+    _wait_for("frame read", lambda: stage.status().engine.counters.get("frames_read"))
+    end_s = time.monotonic() + for_s if for_s else math.inf
+    for question in _questions(stage, rng):
+        asked = _ask(stage.client, question)
+        tally.add(asked)
+        screen.asked(asked)
+        _look_on(stage, screen, min(time.monotonic() + PAUSE_S, end_s))
+        if time.monotonic() >= end_s:
+            return
+
+
+def _questions(stage: _Stage, rng: random.Random) -> Iterator[Question]:
+    """Endless: one of each kind, in any order, before any kind comes again."""
+    while True:
+        kinds = [*KIND_WEIGHTS]
+        while kinds:
+            question = _wait_for("settled answer", partial(stage.ledger.question, rng, kinds))
+            kinds.remove(question.kind)
+            yield question
+
+
+def _look_on(stage: _Stage, screen: Screen, until_s: float) -> None:
+    """Show the daemon's figures until then."""
+    screen.status(stage.status())
+    while (left_s := until_s - time.monotonic()) > 0:
+        time.sleep(min(left_s, LOOK_S))
+        screen.status(stage.status())
 
 
 def _ask(client: Client, question: Question) -> Asked:
     began_s = time.monotonic()
+    budget_s = BUDGET_S[question.form]
     text, first_s, reason, error = "", 0.0, "", ""
     try:
-        with client.ask(
-            question.text, camera=question.camera, budget_s=question.budget_s, max_tokens=question.max_tokens
-        ) as answer:
+        with client.ask(question.text, budget_s=budget_s, max_tokens=MAX_TOKENS) as answer:
             for piece in answer:
                 first_s = first_s or time.monotonic() - began_s
                 text += piece
@@ -155,23 +233,36 @@ def _ask(client: Client, question: Question) -> Asked:
     except IotdError as e:
         error = str(e)
     total_s = time.monotonic() - began_s
-    in_time = not error and total_s <= question.budget_s + SLACK_S
-    return Asked(question.text, question.budget_s, text, reason, first_s, total_s, in_time, error)
+    return Asked(
+        kind=question.kind,
+        question=question.text,
+        truth=question.answer,
+        budget_s=budget_s,
+        text=text,
+        right=not error and question.right(text),
+        finish_reason=reason,
+        first_token_s=first_s,
+        total_s=total_s,
+        in_time=not error and total_s <= budget_s + SLACK_S,
+        error=error,
+    )
 
 
-def _wait_for_frame(client: Client) -> None:
-    """Until the first frame has been read: from then on a camera can be asked about, and every graph has run once."""
+def _wait_for(what: str, find: Callable[[], T | None]) -> T:
+    """What `find` finds, as soon as it does. Raises Unavailable where that takes too long."""
     end_s = time.monotonic() + START_S
-    while not client.status().engine.counters.get("frames_read"):
+    while not (found := find()):
         if time.monotonic() > end_s:
-            raise Unavailable(f"no frame came within {START_S:g} s")
-        time.sleep(0.1)
+            raise Unavailable(f"no {what} within {START_S:g} s")
+        time.sleep(POLL_S)
+    return found
 
 
 def _config(package: Path, host: str, port: int) -> dict[str, Any]:
     return {
         "model": {"path": str(package)},
-        "context": {"window": 2048},
+        "context": {"window": WINDOW_TOKENS},
+        "ask": {"temperature": 0.0, "presence_penalty": 0.0},
         "mqtt": {
             "host": host,
             "port": port,
@@ -180,15 +271,3 @@ def _config(package: Path, host: str, port: int) -> dict[str, Any]:
         },
         "grpc": {"listen": "127.0.0.1:0"},
     }
-
-
-def _package() -> Path:
-    """The tiny model in the user's cache; converted where this iotd cannot open what lies there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "iotd" / f"demo-{__version__}"
-    try:
-        Model.open(folder, threads=1)
-    except PackageError:
-        shutil.rmtree(folder, ignore_errors=True)
-        convert_random("tiny", folder, recipe="fp32")
-    return folder

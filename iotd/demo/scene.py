@@ -18,7 +18,7 @@ COLOURS = {
     "white": (232, 232, 226),
     "black": (34, 34, 38),
 }
-SIZE = 256
+SIZE = 160
 """Pixels of a side, unless another is asked for."""
 SUPER = 2
 """Drawn so many times larger and averaged down: smooth edges at fractions of a pixel."""
@@ -60,12 +60,20 @@ def light_at(time_s: float) -> float:
     return 0.35 + 0.65 * min(1.0, max(0.0, height * 2 + 0.5))
 
 
-def draw(kinds: Sequence[str], rng: np.random.Generator, *, light: float = 1.0, size: int = SIZE) -> Scene:
+def draw(
+    kinds: Sequence[str],
+    rng: np.random.Generator,
+    *,
+    light: float = 1.0,
+    size: int = SIZE,
+    noise: np.random.Generator | None = None,
+) -> Scene:
     """Draw one object of each of `kinds` (any of KINDS, none for the empty step), placed and coloured at random.
 
     Each has a lane of its own across the picture, so that all can be seen; which, how near and how large, varies.
+    noise: the camera's own chance, where the same scene is to be taken twice.
     """
-    canvas, of_the_camera = _Canvas(size), rng.spawn(1)[0]
+    canvas, of_the_camera = _Canvas(size), noise or rng.spawn(1)[0]
     _background(canvas, rng)
     things = [_place(kind, lane, len(kinds), rng) for lane, kind in enumerate(rng.permutation(list(kinds)))]
     things.sort(key=lambda thing: thing.bottom)

@@ -17,9 +17,13 @@ from iotd.events import ServerStatus
 class Asked:
     """One question of the demo, and how it went. `error` is empty where it was answered."""
 
+    kind: str
     question: str
+    truth: str
+    """A right answer."""
     budget_s: float
     text: str
+    right: bool
     finish_reason: str
     first_token_s: float
     total_s: float
@@ -84,7 +88,7 @@ class JsonScreen(_Stateless):
 class PlainScreen(_Stateless):
     """Lines of text; the status only when it has moved on by a good deal."""
 
-    STATUS_EVERY = 5
+    STATUS_EVERY = 10
 
     def __init__(self) -> None:
         self._n = 0
@@ -93,7 +97,7 @@ class PlainScreen(_Stateless):
         self._write(text)
 
     def asked(self, asked: Asked) -> None:
-        self._write(f"? {asked.question}\n  {answer_line(asked)}\n  {timing_line(asked)}")
+        self._write("\n".join((question_line(asked), answer_line(asked), truth_line(asked), timing_line(asked))))
 
     def status(self, status: ServerStatus) -> None:
         self._n += 1
@@ -132,26 +136,44 @@ class LiveScreen:
         self._console.print(self._text(text))
 
     def asked(self, asked: Asked) -> None:
-        self._console.print(self._text(f"? {asked.question}", style="bold"))
-        self._console.print(self._text(f"  {answer_line(asked)}", style="red" if asked.error else ""))
-        self._console.print(self._text(f"  {timing_line(asked)}", style="green" if asked.in_time else "red"))
+        for line, style in (
+            (question_line(asked), "bold"),
+            (answer_line(asked), "green" if asked.right else "red"),
+            (truth_line(asked), "dim"),
+            (timing_line(asked), "" if asked.in_time else "red"),
+        ):
+            self._console.print(self._text(line, style=style))
 
     def status(self, status: ServerStatus) -> None:
         self._live.update(self._text(status_line(status), style="cyan"))  # type: ignore[attr-defined] # rich's Live
 
 
+def question_line(asked: Asked) -> str:
+    return f"? {asked.question}"
+
+
 def answer_line(asked: Asked) -> str:
-    """The answer on one line, shortened; control characters shown as a dot, for noise may hold any."""
-    text = asked.error or "".join(c if c.isprintable() else "·" for c in asked.text)
-    return text if len(text) <= 100 else text[:99] + "…"
+    """The answer on one line, shortened; control characters shown as a dot, for a model may say any."""
+    if asked.error:
+        return _line("none", asked.error)
+    text = "".join(c if c.isprintable() else "·" for c in asked.text)
+    return _line("right" if asked.right else "WRONG", text if len(text) <= 100 else text[:99] + "…")
+
+
+def truth_line(asked: Asked) -> str:
+    return _line("truth", asked.truth)
 
 
 def timing_line(asked: Asked) -> str:
     """First token and total against the budget."""
-    verdict = "in time" if asked.in_time else "LATE" if not asked.error else "no answer"
+    verdict = "in time" if asked.in_time else "failed" if asked.error else "LATE"
     first = f"first token {asked.first_token_s * 1000:.0f} ms, " if asked.first_token_s else ""
     reason = f" ({asked.finish_reason})" if asked.finish_reason else ""
-    return f"{first}total {asked.total_s:.2f} s of {asked.budget_s:g} s: {verdict}{reason}"
+    return _line(verdict, f"{first}total {asked.total_s:.2f} s of {asked.budget_s:g} s{reason}")
+
+
+def _line(label: str, text: str) -> str:
+    return f"  {label:<8}{text}"
 
 
 def figures(status: ServerStatus) -> dict[str, object]:

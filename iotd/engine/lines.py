@@ -35,11 +35,11 @@ class Lines:
 
     def date(self, day: str) -> Tokens:
         """The line before the first event of a day."""
-        return self._plain(f"[{day}]\n")
+        return self._plain(day_line(day))
 
     def reading(self, reading: Reading) -> tuple[Entry, bool]:
         """One dated line; True where it was too long and is cut."""
-        line = f"{_clock(reading.time_s)} {reading.source} {reading.text}\n"
+        line = reading_line(reading)
         shown = line[: self._max_tokens * CHARS_PER_TOKEN]
         tokens = self._plain(shown)
         cut = len(shown) < len(line) or len(tokens) > self._max_tokens
@@ -52,7 +52,7 @@ class Lines:
 
         Raises InvalidInput where even the model's smallest size is more than that.
         """
-        before = UserText(f"{_clock(shot.time_s)} camera {shot.camera[:MAX_LABEL]}: ")
+        before = UserText(frame_line(shot.camera, shot.time_s))
         if shot.image is None:
             assert shot.rgb is not None
             words = count_tokens(part for part in self._picture(before, None) if isinstance(part, list))
@@ -95,6 +95,19 @@ class Lines:
 def day_of(time_s: float) -> str:
     """Local date and weekday, such as `2026-03-01 Sunday`."""
     return datetime.fromtimestamp(time_s).strftime("%Y-%m-%d %A")
+
+
+def day_line(day: str) -> str:
+    return f"[{day}]\n"
+
+
+def reading_line(reading: Reading) -> str:
+    return f"{_clock(reading.time_s)} {reading.source} {reading.text}\n"
+
+
+def frame_line(camera: str, time_s: float) -> str:
+    """What stands before a camera's image; a line break stands behind it."""
+    return f"{_clock(time_s)} camera {camera[:MAX_LABEL]}: "
 
 
 def _clock(time_s: float) -> str:

@@ -1,0 +1,230 @@
+"""Conversations as tensors for training: token ids, positions, what each token's prediction is worth, and pictures.
+
+Knows no network: numpy only. One seed gives one row, the same on every machine.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iotd.config import DEFAULT_SYSTEM
+from iotd.convert.chat import CHATML
+from iotd.demo.examples import Asked, Heard, Pace, conversation
+from iotd.demo.home import DOORS, HEATED_C
+from iotd.demo.questions import APPLIANCES, Question, side_of
+from iotd.demo.scene import KINDS, Scene, draw
+from iotd.engine.lines import day_line, day_of, frame_line, reading_line
+from iotd.events import RGB, Frame
+from iotd.model.chat import Segment, TemplateText, UserText
+from iotd.model.tokenizer import Tokenizer
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+STREAM_WORTH = 0.1
+"""Of a token of the stream, against 1 for one of an answer: readings repeat, so that predicting them is recall too."""
+
+
+@dataclass(slots=True)
+class Row:
+    """One conversation of a fixed length."""
+
+    ids: Ints
+    """[T]."""
+    positions: Ints
+    """Rotary positions [3, T]: temporal, height, width."""
+    worth: Floats
+    """[T]: weight of the loss on this token being predicted."""
+    answers: list[tuple[int, int, Question]]
+    """First and last-but-one place of each answer, its end of turn included."""
+    pictures: list[RGB]
+
+
+class Writer:
+    """Writes conversations as the daemon would have them read, with the answers in."""
+
+    def __init__(self, tokenizer: Path, image_side: int) -> None:
+        """image_side: tokens along one side of a picture."""
+        self._tokenizer = Tokenizer.open(tokenizer)
+        pad = self._tokenizer.token_id("<|image_pad|>")
+        assert pad is not None
+        self._pad = pad
+        self._side = image_side
+
+    def row(self, seed: int, length: int, pace: Pace, *, prompted: float = 1.0) -> Row:
+        """The beginning of the conversation of that seed, `length` tokens of it.
+
+        prompted: how likely it begins with the daemon's system prompt and the date, which say nothing new.
+        """
+        rng = random.Random(seed)
+        draft = _Draft(self._pad, self._side)
+        epoch_s = 86400.0 * rng.randrange(15000, 25000)
+        if rng.random() < prompted:
+            day = ""
+            self._write(draft, CHATML.open_stream(DEFAULT_SYSTEM), 0.0)
+        else:
+            day = day_of(epoch_s)
+            self._write(draft, [TemplateText(CHATML.user.before)], 0.0)
+        asked = False
+        events = conversation(seed, pace, epoch_s=epoch_s)
+        while len(draft.ids) < length:
+            event = next(events)
+            if isinstance(event, Asked):
+                if asked:
+                    self._write(draft, [TemplateText(CHATML.user.before)], 0.0)
+                self._write(draft, [UserText(event.question.text), *CHATML.close_turn(thinking=False)], 0.0)
+                begin = len(draft.ids)
+                end_of_turn = CHATML.assistant.after.rstrip("\n")
+                self._write(draft, [UserText(event.question.answer), TemplateText(end_of_turn)], 1.0)
+                if len(draft.ids) <= length:
+                    draft.answers.append((begin, len(draft.ids), event.question))
+                self._write(draft, [TemplateText(CHATML.assistant.after[len(end_of_turn) :])], 0.0)
+                asked = True
+                continue
+            if asked:
+                self._write(draft, [TemplateText(CHATML.user.before)], 0.0)
+                asked = False
+            if day != (today := day_of(event.time_s)):
+                day = today
+                self._write(draft, [UserText(day_line(day))], 0.0)
+            if isinstance(event, Heard):
+                self._write(draft, [UserText(reading_line(event.observation()))], STREAM_WORTH)
+                continue
+            frame = event.observation()
+            self._write(draft, [UserText(frame_line(frame.camera, frame.time_s)), *CHATML.image_segments(frame)], 0.0)
+            self._write(draft, [UserText("\n")], 0.0)
+        return draft.cut(length)
+
+    def drill(self, seed: int, length: int, sensors: int) -> Row:
+        """A few sensors that say the same again and again, in any order, and what follows from them.
+
+        Recall and comparison without words around them: only what can be known counts. sensors: at most so many.
+        """
+        rng = random.Random(seed)
+        draft = _Draft(self._pad, self._side)
+        surveys = rng.random() < 0.5
+        labels = _SURVEYED if surveys else LABELS
+        told = {label: drawn_value(label, rng) for label in rng.sample(labels, rng.randint(2, sensors))}
+        near = rng.uniform(5, 25) if rng.random() < 0.5 else None
+        said: dict[str, str] = {}
+        while len(draft.ids) < length:
+            if surveys and len(said) > 1 and rng.random() < 0.4:
+                label, value = rng.choice([*_surveys(said)])
+                self._write(draft, [UserText(f" {label}")], 0.0)
+                self._write(draft, [UserText(f" {value}\n")], 1.0)
+                continue
+            label = rng.choice([*told])
+            if label in said and rng.random() < 0.2:
+                told[label] = drawn_value(label, rng, near)
+                del said[label]
+            self._write(draft, [UserText(f"{label} ")], 0.0)
+            self._write(draft, [UserText(f"{told[label]}\n")], 1.0 if label in said else 0.0)
+            said[label] = told[label]
+        return draft.cut(length)
+
+    def captions(self, seed: int, length: int) -> Row:
+        """Pictures with all that is in them, in a few words."""
+        rng = np.random.default_rng(seed)
+        draft = _Draft(self._pad, self._side)
+        while len(draft.ids) < length:
+            scene = drawn_scene(rng)
+            self._write(draft, CHATML.image_segments(Frame("", scene.rgb, 0.0)), 0.0)
+            self._write(draft, [UserText(f"\n {len(scene.things)} things\n")], 1.0)
+            for thing in sorted(scene.things, key=lambda thing: thing.kind):
+                self._write(draft, [UserText(f" {thing.kind} {thing.colour} {side_of(thing, scene)}\n")], 1.0)
+        return draft.cut(length)
+
+    def _write(self, draft: "_Draft", segments: Sequence[Segment], worth: float) -> None:
+        for run in CHATML.tokenize(segments, self._tokenizer):
+            if isinstance(run, list):
+                draft.text(run, worth)
+            else:
+                assert isinstance(run, Frame)
+                draft.picture(run.rgb)
+
+
+LABELS = (
+    *(f" {room} {quantity}" for room in HEATED_C for quantity in ("temperature", "humidity", "motion")),
+    *(f" {door} door" for door in DOORS),
+    *(f" {appliance} power" for appliance in APPLIANCES),
+)
+
+
+def drawn_scene(rng: np.random.Generator) -> Scene:
+    """Any picture: up to all kinds of things, at any time of the day."""
+    n = int(rng.choice([0, 1, 2, 3, 4, 5], p=[0.1, 0.3, 0.3, 0.2, 0.07, 0.03]))
+    return draw([*rng.permutation(KINDS)[:n]], rng, light=float(rng.uniform(0.35, 1.0)))
+
+
+_SURVEYED = tuple(label for label in LABELS if label.endswith(("temperature", "door", "motion")))
+
+
+def drawn_value(label: str, rng: random.Random, near: float | None = None) -> str:
+    """What such a sensor may say. near: temperatures that are hard to tell apart."""
+    match label.split()[-1]:
+        case "temperature":
+            return f"{rng.uniform(-5, 35) if near is None else rng.gauss(near, 1):.1f} °C"
+        case "humidity":
+            return f"{rng.randint(10, 99)} %"
+        case "power":
+            return f"{rng.randint(0, 2999)} W"
+        case "motion":
+            return rng.choice(("clear", "detected"))
+        case _:
+            return rng.choice(("open", "closed"))
+
+
+def _surveys(said: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """What follows from what was said, by its name."""
+    rooms = {label.split()[0]: value for label, value in said.items() if label.endswith("temperature")}
+    if len(rooms) > 1:
+        for name, best in (("warmest", max), ("coldest", min)):
+            room = best(rooms, key=lambda room: float(rooms[room].split()[0]))
+            yield name, f"{room}, {rooms[room]}"
+    for quantity, state, ask in (("door", "open", "open"), ("motion", "detected", "moving")):
+        names = [label.split()[0] for label in LABELS if said.get(label) == state and label.endswith(quantity)]
+        if any(label.endswith(quantity) for label in said):
+            yield ask, " and ".join(names) or "nothing"
+
+
+class _Draft:
+    def __init__(self, pad: int, side: int) -> None:
+        self.ids: list[int] = []
+        self.answers: list[tuple[int, int, Question]] = []
+        self._worth: list[float] = []
+        self._positions: list[tuple[int, int, int]] = []
+        self._pictures: list[tuple[int, RGB]] = []
+        self._next = 0
+        self._pad, self._side = pad, side
+
+    def text(self, ids: list[int], worth: float) -> None:
+        self.ids += ids
+        self._worth += [worth] * len(ids)
+        self._positions += [(at, at, at) for at in range(self._next, self._next + len(ids))]
+        self._next += len(ids)
+
+    def picture(self, rgb: RGB) -> None:
+        at, side = self._next, self._side
+        self._pictures.append((len(self.ids), rgb))
+        self.ids += [self._pad] * side**2
+        self._worth += [0.0] * side**2
+        self._positions += [(at, at + row, at + column) for row in range(side) for column in range(side)]
+        self._next += side
+
+    def cut(self, length: int) -> Row:
+        """A picture that would be cut in two is left out: the row then ends with noughts that count for nothing."""
+        whole = [(at, rgb) for at, rgb in self._pictures if at + self._side**2 <= length]
+        ids = self.ids[:length]
+        if len(whole) < len(self._pictures) and (broken := self._pictures[len(whole)][0]) < length:
+            ids[broken:] = [0] * (length - broken)
+        return Row(
+            np.array(ids, np.int64),
+            np.array(self._positions[:length], np.int64).T,
+            np.array(self._worth[:length], np.float32),
+            self.answers,
+            [rgb for _, rgb in whole],
+        )

@@ -1,0 +1,245 @@
+"""Who is asked in an evaluation: a package directly, a running daemon, or daemons started for it.
+
+All decode greedily, so that the same question over the same stream has the same answer.
+"""
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from iotd.address import split_address
+from iotd.client import Client
+from iotd.config import DEFAULT_SYSTEM
+from iotd.demo.broker import embedded_broker
+from iotd.demo.child import Child, child
+from iotd.demo.devices import CAMERA_TOPIC, home_subscriptions
+from iotd.demo.examples import Heard, Seen
+from iotd.demo.scene import jpeg
+from iotd.engine.backlog import Shot
+from iotd.engine.entry import Entry, Part, Rows, chunks
+from iotd.engine.feed import Floats, encode, feed
+from iotd.engine.lines import Lines
+from iotd.errors import InvalidInput, Unavailable
+from iotd.events import Reading, Sampling, ServerStatus
+from iotd.model import Model, State
+from iotd.model.package import read_manifest
+from iotd.mqtt.publisher import Publisher
+
+MAX_TOKENS = 64
+"""Of an answer; the longest that is expected has fewer."""
+CAPACITY = 4096
+"""Of a state, for the stream of one home with a question and its answer."""
+CHUNK_TOKENS = 256
+BUDGET_S = 120.0
+"""Of an ask: time is not what is judged here."""
+READ_S = 60.0
+"""How long a daemon may take to read one event."""
+START_S = 120.0
+_PROBE_TOPIC = "home/message/eval"
+
+
+class PackageRespondent:
+    """The model of a package in this process: one state reads the stream, each question runs on a fork of it."""
+
+    def __init__(self, package: Path, threads: int) -> None:
+        """Raises PackageError where it cannot be opened, InvalidInput where it cannot see."""
+        self._model = Model.open(package, threads=threads)
+        if not self._model.has_vision:
+            raise InvalidInput(f"{package} was converted without vision, and there are questions about pictures")
+        capacity = min(CAPACITY, self._model.spec.max_positions)
+        self._lines = Lines(self._model, max_tokens=capacity // 4)
+        self._live, self._fork = self._model.new_state(capacity), self._model.new_state(capacity)
+        self._day = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def begin(self) -> None:
+        self._live.reset()
+        self._day = ""
+        self._feed(self._live, [self._lines.opening(DEFAULT_SYSTEM)])
+
+    def read(self, event: Heard | Seen) -> None:
+        entry = self._entry(event)
+        date = [self._lines.date(entry.day)] if entry.day != self._day else []
+        self._day = entry.day
+        self._feed(self._live, [*date, *entry.parts])
+
+    def answer(self, question: str) -> str:
+        self._live.copy_into(self._fork)
+        logits = self._feed(self._fork, self._lines.question(question, (), thinking=False))
+        sampling = Sampling(temperature=0.0, presence_penalty=0.0, max_tokens=MAX_TOKENS)
+        generation = self._model.generation(self._fork, logits, sampling)
+        text = ""
+        while not generation.done:
+            text += generation.step()
+        return text + generation.flush()
+
+    def _entry(self, event: Heard | Seen) -> Entry:
+        observation = event.observation()
+        if isinstance(observation, Reading):
+            return self._lines.reading(observation)[0]
+        return self._lines.frame(Shot(observation.camera, observation.time_s, observation.rgb))
+
+    def _feed(self, state: State, parts: list[Part]) -> Floats:
+        """Read it all. Returns float32 [V] after the last token."""
+        logits: Floats | None = None
+        for chunk in chunks(parts, CHUNK_TOKENS):
+            if isinstance(chunk, Rows) and chunk.image.embedding is None:
+                encode(self._model, chunk.image)
+            logits = feed(self._model, state, chunk, logits=True)
+        assert logits is not None
+        return logits
+
+
+class DaemonRespondent:
+    """A running daemon that reads the demo's home from a broker: events go through MQTT, questions through gRPC.
+
+    Its context stays what it is when a home begins.
+    """
+
+    def __init__(self, target: str, broker: str) -> None:
+        """target, broker: HOST:PORT. Raises InvalidInput where one is none."""
+        self._target, self._broker = target, broker
+        self._client = Client(target)
+        try:
+            self._publisher = Publisher(*split_address(broker))
+        except ValueError as e:
+            raise InvalidInput(f"the broker is {broker!r}: it must be HOST:PORT, such as 127.0.0.1:1883") from e
+
+    def __enter__(self) -> Self:
+        """Raises Unavailable where the daemon or the broker is not there, or the one does not read the other."""
+        with ExitStack() as stack:
+            stack.enter_context(self._client)
+            self._client.status()
+            stack.enter_context(self._publisher)
+            self._wait_subscribed()
+            self._opened = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.close()
+
+    def begin(self) -> None:
+        pass
+
+    def read(self, event: Heard | Seen) -> None:
+        """One event at a time, so that none is dropped and all come in their order."""
+        topic, payload = _message(event)
+        before_s = self._client.status().engine.newest_event_s
+        self._publish(topic, payload)
+        self._wait(
+            lambda status: status.engine.newest_event_s != before_s and not status.engine.backlog,
+            f"the daemon at {self._target} has not read {topic} within {READ_S:g} s",
+        )
+
+    def answer(self, question: str) -> str:
+        return self._client.answer(
+            question, budget_s=BUDGET_S, temperature=0.0, presence_penalty=0.0, max_tokens=MAX_TOKENS, thinking=False
+        ).text
+
+    def _wait_subscribed(self) -> None:
+        """Send what is counted and not read, until it arrives."""
+        before = _n_messages(self._client.status())
+
+        def arrived(status: ServerStatus) -> bool:
+            self._publish(_PROBE_TOPIC, "")
+            return _n_messages(status) > before
+
+        self._wait(
+            arrived,
+            f"the daemon at {self._target} hears nothing of what is sent to {self._broker}: it must be connected to "
+            f"that broker and subscribe to the demo's topics, such as {_PROBE_TOPIC}",
+        )
+
+    def _publish(self, topic: str, payload: str | bytes) -> None:
+        if not self._publisher.publish(topic, payload):
+            raise Unavailable(f"the broker at {self._broker} went away")
+
+    def _wait(self, true: Callable[[ServerStatus], bool], otherwise: str) -> None:
+        """Look at the daemon's status until it shows what is waited for."""
+        end_s = time.monotonic() + READ_S
+        while not true(self._client.status()):
+            if time.monotonic() > end_s:
+                raise Unavailable(otherwise)
+            time.sleep(0.005)
+
+
+class FreshDaemonRespondent:
+    """A broker, and a daemon of its own for each home."""
+
+    def __init__(self, package: Path, threads: int) -> None:
+        """Raises PackageError where the package cannot be opened."""
+        read_manifest(package)
+        self._package, self._threads = package, threads
+        self._stack, self._home = ExitStack(), ExitStack()
+
+    def __enter__(self) -> Self:
+        broker = self._stack.enter_context(embedded_broker())
+        self._host, self._port = broker.host, broker.port
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="iotd-eval-")))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            self._home.close()
+
+    def begin(self) -> None:
+        """Raises Unavailable where the daemon does not start."""
+        self._home.close()
+        with ExitStack() as stack:
+            daemon = stack.enter_context(self._daemon())
+            target = daemon.wait_for("ready", START_S)["grpc"]
+            self._respondent = stack.enter_context(DaemonRespondent(target, f"{self._host}:{self._port}"))
+            self._home = stack.pop_all()
+
+    def read(self, event: Heard | Seen) -> None:
+        self._respondent.read(event)
+
+    def answer(self, question: str) -> str:
+        return self._respondent.answer(question)
+
+    @contextlib.contextmanager
+    def _daemon(self) -> Iterator[Child]:
+        config = self._folder / "iotd.yaml"
+        config.write_text(json.dumps(self._config()))
+        with child("the daemon", "serve", "-c", str(config), env={"IOTD_LOG__FORMAT": "json"}) as daemon:
+            yield daemon
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "model": {"path": str(self._package.absolute()), "threads": self._threads},
+            "mqtt": {
+                "host": self._host,
+                "port": self._port,
+                "node": "eval",
+                "subscriptions": msgspec.to_builtins(home_subscriptions()),
+            },
+            "grpc": {"listen": "127.0.0.1:0"},
+        }
+
+
+def _message(event: Heard | Seen) -> tuple[str, str | bytes]:
+    """Topic and payload, as the device sends it."""
+    if isinstance(event, Seen):
+        return CAMERA_TOPIC, jpeg(event.scene.rgb)
+    return event.report.topic, event.report.payload
+
+
+def _n_messages(status: ServerStatus) -> int:
+    return status.link.counters.get("messages", 0) if status.link else 0
