@@ -26,11 +26,10 @@ from iotd.demo import train  # noqa: E402
 from iotd.demo.evaluate import ask  # noqa: E402
 from iotd.demo.examples import Heard, Seen  # noqa: E402
 from iotd.demo.muon import Muon  # noqa: E402
-from iotd.demo.network import gated_delta_rule, shape, vision_spec  # noqa: E402
+from iotd.demo.network import gated_delta_rule, picture_inputs, shape  # noqa: E402
 from iotd.demo.package import CHECKPOINT  # noqa: E402
 from iotd.demo.respondents import PackageRespondent  # noqa: E402
 from iotd.engine.entry import Image, Part  # noqa: E402
-from iotd.model.vision import patches  # noqa: E402
 
 QUESTIONS = int(os.environ.get("IOTD_ORACLE_QUESTIONS", "60"))
 
@@ -102,9 +101,9 @@ class Recorder(PackageRespondent):
         self.prompt, self.stream = self.stream, before
         return text
 
-    def _feed(self, state: Any, parts: list[Part]) -> Any:
+    def _feed(self, state: Any, parts: list[Part], *, logits: bool = False) -> Any:
         self.stream += parts
-        return super()._feed(state, parts)
+        return super()._feed(state, parts, logits=logits)
 
 
 @dataclass
@@ -153,7 +152,7 @@ def test_greedy_answers_agree_with_transformers_token_for_token(networks: Networ
 
 
 def _agrees(networks: Networks, answer: str) -> bool:
-    package, spec = networks.package, vision_spec()
+    package = networks.package
     model = package._model
     pad = networks.reference.config.image_token_id
     end = model.tokenizer.encode(model.chat.assistant.after, special=True)[:1]
@@ -164,12 +163,7 @@ def _agrees(networks: Networks, answer: str) -> bool:
     inputs = torch.tensor([[*ids, *said]])
     seen: dict[str, Any] = {}
     if package.pictures:
-        flat = np.concatenate([patches(picture, spec) for picture in package.pictures])
-        twice = flat.reshape(len(flat), 3, 1, -1).repeat(2, axis=2).reshape(len(flat), -1)
-        side = math.isqrt(len(flat) // len(package.pictures))
-        seen["pixel_values"] = torch.from_numpy(twice)
-        seen["image_grid_thw"] = torch.tensor([[1, side, side]] * len(package.pictures))
-        seen["mm_token_type_ids"] = (inputs == pad).int()
+        seen = {**picture_inputs(package.pictures), "mm_token_type_ids": (inputs == pad).int()}
     with torch.no_grad():
         logits = networks.reference(input_ids=inputs, use_cache=False, **seen).logits[0]
     return logits[len(ids) - 1 : -1].argmax(-1).tolist() == said

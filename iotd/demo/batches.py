@@ -15,7 +15,7 @@ from iotd.config import DEFAULT_SYSTEM
 from iotd.convert.chat import CHATML
 from iotd.demo.examples import Asked, Heard, Pace, conversation
 from iotd.demo.home import DOORS, HEATED_C
-from iotd.demo.questions import APPLIANCES, Question, side_of
+from iotd.demo.questions import APPLIANCES, Question, Told, extreme_of, side_of
 from iotd.demo.scene import KINDS, Scene, draw
 from iotd.engine.lines import day_line, day_of, frame_line, reading_line
 from iotd.events import RGB, Frame
@@ -40,7 +40,7 @@ class Row:
     worth: Floats
     """[T]: weight of the loss on this token being predicted."""
     answers: list[tuple[int, int, Question]]
-    """First and last-but-one place of each answer, its end of turn included."""
+    """Where each answer begins, and where it ends, with its end of turn."""
     pictures: list[RGB]
 
 
@@ -73,21 +73,12 @@ class Writer:
         events = conversation(seed, pace, epoch_s=epoch_s)
         while len(draft.ids) < length:
             event = next(events)
-            if isinstance(event, Asked):
-                if asked:
-                    self._write(draft, [TemplateText(CHATML.user.before)], 0.0)
-                self._write(draft, [UserText(event.question.text), *CHATML.close_turn(thinking=False)], 0.0)
-                begin = len(draft.ids)
-                end_of_turn = CHATML.assistant.after.rstrip("\n")
-                self._write(draft, [UserText(event.question.answer), TemplateText(end_of_turn)], 1.0)
-                if len(draft.ids) <= length:
-                    draft.answers.append((begin, len(draft.ids), event.question))
-                self._write(draft, [TemplateText(CHATML.assistant.after[len(end_of_turn) :])], 0.0)
-                asked = True
-                continue
             if asked:
                 self._write(draft, [TemplateText(CHATML.user.before)], 0.0)
-                asked = False
+            asked = isinstance(event, Asked)
+            if isinstance(event, Asked):
+                self._exchange(draft, event.question)
+                continue
             if day != (today := day_of(event.time_s)):
                 day = today
                 self._write(draft, [UserText(day_line(day))], 0.0)
@@ -99,6 +90,15 @@ class Writer:
             self._write(draft, [UserText("\n")], 0.0)
         return draft.cut(length)
 
+    def _exchange(self, draft: "_Draft", question: Question) -> None:
+        """The question that closes the turn, and its answer."""
+        self._write(draft, [UserText(question.text), *CHATML.close_turn(thinking=False)], 0.0)
+        begin = len(draft.ids)
+        end_of_turn = CHATML.assistant.after.rstrip("\n")
+        self._write(draft, [UserText(question.answer), TemplateText(end_of_turn)], 1.0)
+        draft.answers.append((begin, len(draft.ids), question))
+        self._write(draft, [TemplateText(CHATML.assistant.after[len(end_of_turn) :])], 0.0)
+
     def drill(self, seed: int, length: int, sensors: int) -> Row:
         """A few sensors that say the same again and again, in any order, and what follows from them.
 
@@ -108,22 +108,22 @@ class Writer:
         draft = _Draft(self._pad, self._side)
         surveys = rng.random() < 0.5
         labels = _SURVEYED if surveys else LABELS
-        told = {label: drawn_value(label, rng) for label in rng.sample(labels, rng.randint(2, sensors))}
+        values = {label: drawn_value(label, rng) for label in rng.sample(labels, rng.randint(2, sensors))}
         near = rng.uniform(5, 25) if rng.random() < 0.5 else None
-        said: dict[str, str] = {}
+        said = Told()
         while len(draft.ids) < length:
-            if surveys and len(said) > 1 and rng.random() < 0.4:
+            if surveys and len(said.values) > 1 and rng.random() < 0.4:
                 label, value = rng.choice([*_surveys(said)])
                 self._write(draft, [UserText(f" {label}")], 0.0)
                 self._write(draft, [UserText(f" {value}\n")], 1.0)
                 continue
-            label = rng.choice([*told])
-            if label in said and rng.random() < 0.2:
-                told[label] = drawn_value(label, rng, near)
-                del said[label]
-            self._write(draft, [UserText(f"{label} ")], 0.0)
-            self._write(draft, [UserText(f"{told[label]}\n")], 1.0 if label in said else 0.0)
-            said[label] = told[label]
+            label = rng.choice([*values])
+            if label in said.values and rng.random() < 0.2:
+                values[label] = drawn_value(label, rng, near)
+                del said.values[label]
+            self._write(draft, [UserText(f" {label} ")], 0.0)
+            self._write(draft, [UserText(f"{values[label]}\n")], 1.0 if label in said.values else 0.0)
+            said.values[label] = values[label]
         return draft.cut(length)
 
     def captions(self, seed: int, length: int) -> Row:
@@ -148,19 +148,17 @@ class Writer:
 
 
 LABELS = (
-    *(f" {room} {quantity}" for room in HEATED_C for quantity in ("temperature", "humidity", "motion")),
-    *(f" {door} door" for door in DOORS),
-    *(f" {appliance} power" for appliance in APPLIANCES),
+    *(f"{room} {quantity}" for room in HEATED_C for quantity in ("temperature", "humidity", "motion")),
+    *(f"{door} door" for door in DOORS),
+    *(f"{appliance} power" for appliance in APPLIANCES),
 )
+_SURVEYED = tuple(label for label in LABELS if label.endswith(("temperature", "door", "motion")))
 
 
 def drawn_scene(rng: np.random.Generator) -> Scene:
     """Any picture: up to all kinds of things, at any time of the day."""
     n = int(rng.choice([0, 1, 2, 3, 4, 5], p=[0.1, 0.3, 0.3, 0.2, 0.07, 0.03]))
     return draw([*rng.permutation(KINDS)[:n]], rng, light=float(rng.uniform(0.35, 1.0)))
-
-
-_SURVEYED = tuple(label for label in LABELS if label.endswith(("temperature", "door", "motion")))
 
 
 def drawn_value(label: str, rng: random.Random, near: float | None = None) -> str:
@@ -178,17 +176,14 @@ def drawn_value(label: str, rng: random.Random, near: float | None = None) -> st
             return rng.choice(("open", "closed"))
 
 
-def _surveys(said: dict[str, str]) -> Iterator[tuple[str, str]]:
+def _surveys(said: Told) -> Iterator[tuple[str, str]]:
     """What follows from what was said, by its name."""
-    rooms = {label.split()[0]: value for label, value in said.items() if label.endswith("temperature")}
-    if len(rooms) > 1:
-        for name, best in (("warmest", max), ("coldest", min)):
-            room = best(rooms, key=lambda room: float(rooms[room].split()[0]))
-            yield name, f"{room}, {rooms[room]}"
-    for quantity, state, ask in (("door", "open", "open"), ("motion", "detected", "moving")):
-        names = [label.split()[0] for label in LABELS if said.get(label) == state and label.endswith(quantity)]
-        if any(label.endswith(quantity) for label in said):
-            yield ask, " and ".join(names) or "nothing"
+    for name, best in (("warmest", max), ("coldest", min)):
+        if found := extreme_of(said, best):
+            yield name, ", ".join(found)
+    for quantity, state, ask, names in (("door", "open", "open", DOORS), ("motion", "detected", "moving", HEATED_C)):
+        if states := said.sensors(quantity):
+            yield ask, " and ".join(name for name in names if states.get(name) == state) or "nothing"
 
 
 class _Draft:
@@ -225,6 +220,6 @@ class _Draft:
             np.array(ids, np.int64),
             np.array(self._positions[:length], np.int64).T,
             np.array(self._worth[:length], np.float32),
-            self.answers,
+            [(begin, end, question) for begin, end, question in self.answers if end <= length],
             [rgb for _, rgb in whole],
         )

@@ -6,7 +6,7 @@ Knows no broker: `simulate` publishes what they send, and `examples` hands it to
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -69,14 +69,7 @@ class Devices:
     def states(self) -> list[Report]:
         """The state of every door and motion sensor."""
         truth = self.home.truth
-        doors = [
-            _changed(Change("door", name, "open" if is_open else "closed")) for name, is_open in truth.doors.items()
-        ]
-        motion = [
-            _changed(Change("motion", name, "detected" if room.motion else "clear"))
-            for name, room in truth.rooms.items()
-        ]
-        return doors + motion
+        return [_changed(c) for c in (*map(self._door, truth.doors), *map(self._motion, truth.rooms))]
 
     def advance_to(self, time_s: float) -> None:
         """time_s: the home's own time."""
@@ -114,18 +107,24 @@ class Devices:
         while True:
             yield from topics
 
+    def _door(self, name: str) -> Change:
+        return Change("door", name, "open" if self.home.truth.doors[name] else "closed")
+
+    def _motion(self, name: str) -> Change:
+        return Change("motion", name, "detected" if self.home.truth.rooms[name].motion else "clear")
+
     def _measure(self, topic: str) -> Report:
         """The truth, with the noise and the rounding of a cheap sensor."""
         _, name, quantity = topic.split("/")
         truth = self.home.truth
         if name == "door":
-            return _state(Change("door", quantity, "open" if truth.doors[quantity] else "closed"))
+            return _state(self._door(quantity))
         if name == "power":
             watts = round(max(0.0, truth.power[quantity] * (1 + self._noise.normal(0, 0.01))))
             return Report(topic, json.dumps({"value": watts}), {f"{quantity} power": f"{watts} W"})
         room = truth.rooms[name]
         if quantity == "motion":
-            return _state(Change("motion", name, "detected" if room.motion else "clear"))
+            return _state(self._motion(name))
         temperature = round(room.temperature + float(self._noise.normal(0, 0.05)), 1)
         if quantity == "temperature":
             return Report(topic, f"{temperature:.1f}", {f"{name} temperature": f"{temperature:.1f} °C"})
@@ -141,5 +140,4 @@ def _state(change: Change) -> Report:
 
 
 def _changed(change: Change) -> Report:
-    report = _state(change)
-    return Report(report.topic, report.payload, report.says, changed=True)
+    return replace(_state(change), changed=True)

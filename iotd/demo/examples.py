@@ -100,7 +100,7 @@ def conversation(seed: int, pace: Pace, *, epoch_s: float = 1.6e9) -> Iterator[E
     """
     rng = random.Random(seed)
     held_out = seed >= HELD_OUT_SEED
-    teller = Teller(rng, seed, pace.mischief, held_out=held_out)
+    teller = Teller(rng, pace.mischief, held_out=held_out)
     while True:
         for _ in range(rng.randint(*pace.events)):
             yield from teller.next(epoch_s, rng.random() < pace.frames)
@@ -111,7 +111,7 @@ def conversation(seed: int, pace: Pace, *, epoch_s: float = 1.6e9) -> Iterator[E
 class Teller:
     """One home with its devices, and what they have told."""
 
-    def __init__(self, rng: random.Random, seed: int, mischief: float, *, held_out: bool) -> None:
+    def __init__(self, rng: random.Random, mischief: float, *, held_out: bool) -> None:
         rooms = rng.sample([*HEATED_C], rng.randint(3, 7))
         self.time_s = float(rng.randrange(int(DAY_S)))
         spread_c = rng.choice((1.5, 4.0))

@@ -4,12 +4,14 @@ transformers' own Qwen3.5; what is changed is how fast it computes whole sequenc
 """
 
 import contextlib
+import functools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -19,8 +21,10 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from iotd.convert.spec import spec_from_config
 from iotd.demo.scene import SIZE
+from iotd.events import RGB
 from iotd.model.pretokenizer import QWEN3_5
 from iotd.model.spec import VisionSpec
+from iotd.model.vision import patches
 
 VOCAB_SIZE = 768
 HIDDEN = 128
@@ -135,12 +139,24 @@ def shape() -> Qwen3_5Config:
     return config
 
 
+@functools.cache
 def vision_spec() -> VisionSpec:
     """How the daemon cuts a picture into patches for this network."""
     document = json.loads(shape().to_json_string(use_diff=False))
     spec = spec_from_config(document, None, tied=True, vision=True).vision
     assert spec is not None
     return spec
+
+
+def picture_inputs(pictures: Sequence[RGB]) -> dict[str, Tensor]:
+    """uint8 pictures [SIZE, SIZE, 3] as transformers takes them: `pixel_values` [n, P] and `image_grid_thw` [n, 3]."""
+    spec = vision_spec()
+    flat = np.concatenate([patches(picture, spec) for picture in pictures])
+    twice = flat.reshape(len(flat), 3, 1, -1).repeat(2, axis=2)  # a still picture is two equal moments
+    return {
+        "pixel_values": torch.from_numpy(twice.reshape(len(flat), -1)),
+        "image_grid_thw": torch.tensor([[1, SIZE // PATCH, SIZE // PATCH]] * len(pictures)),
+    }
 
 
 def train_tokenizer(corpus: Iterable[str], out: Path) -> None:

@@ -128,6 +128,9 @@ class _Subject:
     """A second sentence for the long answer."""
 
 
+_Draw = Callable[[Told, random.Random], _Subject | None]
+"""Chooses what to ask; None where there is nothing of that kind."""
+
 _BEFORE = ("", "", "", "Please tell me: ", "Tell me, ", "Hey, ", "Quick question: ", "I want to know: ")
 _BRIEF = ("Answer in at most {n} words.", "At most {n} words.", "Use no more than {n} words.", "Be brief.", "In short.")
 _SENTENCE = ("", "", "", "Answer in at most {n} words.", "Answer in one sentence.", "At most {n} words.")
@@ -177,7 +180,7 @@ def _value(told: Told, rng: random.Random) -> _Subject | None:
     name, quantity, value = rng.choice(known)
     number, unit = value.split()
     sentence = f"The {name} {quantity} is {value}."
-    warmest = _extreme_of(told, max)
+    warmest = extreme_of(told, max)
     more = f"The warmest room is the {warmest[0]}, at {warmest[1]}." if warmest else ""
     numbers = frozenset({float(number)})
     fact = Fact(numbers=numbers, words=(frozenset({name}),), among=_NAMES)
@@ -216,7 +219,7 @@ def _state(told: Told, rng: random.Random) -> _Subject | None:
     doors, motion = told.sensors("door"), told.sensors("motion")
     if not doors and not motion:
         return None
-    if rng.random() * (len(doors) + len(motion)) < len(doors) + 0.0:
+    if rng.random() * (len(doors) + len(motion)) < len(doors):
         name = rng.choice([*doors])
         is_open = doors[name] == "open"
         asks_closed = rng.random() < 0.3
@@ -280,7 +283,8 @@ def _any_motion(told: Told, rng: random.Random) -> _Subject | None:
     return _Subject(cores, fact, _yes(bool(names)) + ".", sentence, {"motion": names})
 
 
-def _extreme_of(told: Told, best: Callable[..., str]) -> tuple[str, str] | None:
+def extreme_of(told: Told, best: Callable[..., str]) -> tuple[str, str] | None:
+    """The room that `best` (min or max) takes for its temperature, and that; None where fewer than two are known."""
     rooms = told.sensors("temperature")
     if len(rooms) < 2:
         return None
@@ -288,12 +292,12 @@ def _extreme_of(told: Told, best: Callable[..., str]) -> tuple[str, str] | None:
     return name, rooms[name]
 
 
-def _extreme(kind: str) -> Callable[[Told, random.Random], _Subject | None]:
+def _extreme(kind: str) -> _Draw:
     best = max if kind == "warmest" else min
     same = "hottest" if kind == "warmest" else "coolest"
 
     def subject(told: Told, rng: random.Random) -> _Subject | None:
-        found = _extreme_of(told, best)
+        found = extreme_of(told, best)
         if found is None:
             return None
         name, value = found
@@ -336,9 +340,6 @@ def _missing(told: Told, rng: random.Random) -> _Subject | None:
         name, quantity = rng.choice(absent)
         cores = _value_cores(name, quantity)
     return _Subject(cores, Fact(missing=True), "No reading.", NO_READING, {"value": None})
-
-
-_Draw = Callable[[Told, random.Random], _Subject | None]
 
 
 def _camera(about: Callable[[Scene, random.Random], _Subject | None]) -> _Draw:
@@ -385,44 +386,49 @@ def _how_many(scene: Scene, rng: random.Random) -> _Subject:
     return _Subject(cores, fact, str(count), f"I see {count} thing{'' if count == 1 else 's'}.", {"count": count})
 
 
-def _colour(scene: Scene, rng: random.Random) -> _Subject | None:
-    kind = _subject_of(scene, rng)
-    if kind is None:
-        return None
-    cores = (
-        f"What colour is the {kind}?",
-        f"Which colour has the {kind}?",
-        f"What is the colour of the {kind}?",
-        f"What colour is the {kind} at the door?",
-    )
-    thing = next((thing for thing in scene.things if thing.kind == kind), None)
-    if thing is None:
-        return _absent(kind, cores)
+def _about_thing(
+    asks: Sequence[str], answered: Callable[[Thing, Scene, tuple[str, ...]], _Subject]
+) -> Callable[[Scene, random.Random], _Subject | None]:
+    """Questions about one thing, or about one that is not there."""
+
+    def subject(scene: Scene, rng: random.Random) -> _Subject | None:
+        kind = _subject_of(scene, rng)
+        if kind is None:
+            return None
+        cores = tuple(ask.format(kind=kind) for ask in asks)
+        thing = next((thing for thing in scene.things if thing.kind == kind), None)
+        return _absent(kind, cores) if thing is None else answered(thing, scene, cores)
+
+    return subject
+
+
+def _colour(thing: Thing, scene: Scene, cores: tuple[str, ...]) -> _Subject:
     fact = Fact(words=(frozenset({thing.colour}),), among=frozenset(COLOURS))
-    return _Subject(
-        cores, fact, thing.colour.capitalize() + ".", f"The {kind} is {thing.colour}.", {"colour": thing.colour}
-    )
+    sentence = f"The {thing.kind} is {thing.colour}."
+    return _Subject(cores, fact, thing.colour.capitalize() + ".", sentence, {"colour": thing.colour})
 
 
-def _where(scene: Scene, rng: random.Random) -> _Subject | None:
-    kind = _subject_of(scene, rng)
-    if kind is None:
-        return None
-    cores = (
-        f"Where is the {kind}?",
-        f"On which side is the {kind}?",
-        f"Where in the picture is the {kind}?",
-        f"Where do you see the {kind}?",
-    )
-    thing = next((thing for thing in scene.things if thing.kind == kind), None)
-    if thing is None:
-        return _absent(kind, cores)
+def _where(thing: Thing, scene: Scene, cores: tuple[str, ...]) -> _Subject:
     centre = _centre(thing, scene)
     side = _side(centre)
     also = {_side(centre + _SIDE_SLACK), _side(centre - _SIDE_SLACK), side}
     placed = "in the middle" if side == "middle" else f"on the {side}"
     fact = Fact(words=tuple(frozenset({name}) for name in also), among=frozenset(SIDES))
-    return _Subject(cores, fact, placed.capitalize() + ".", f"The {kind} is {placed}.", {"side": side})
+    return _Subject(cores, fact, placed.capitalize() + ".", f"The {thing.kind} is {placed}.", {"side": side})
+
+
+_COLOUR_ASKS = (
+    "What colour is the {kind}?",
+    "Which colour has the {kind}?",
+    "What is the colour of the {kind}?",
+    "What colour is the {kind} at the door?",
+)
+_WHERE_ASKS = (
+    "Where is the {kind}?",
+    "On which side is the {kind}?",
+    "Where in the picture is the {kind}?",
+    "Where do you see the {kind}?",
+)
 
 
 def _subject_of(scene: Scene, rng: random.Random) -> str | None:
@@ -462,7 +468,7 @@ def _kinds(scene: Scene) -> list[str]:
     return sorted(thing.kind for thing in scene.things)
 
 
-_SUBJECTS: dict[str, Callable[[Told, random.Random], _Subject | None]] = {
+_SUBJECTS: dict[str, _Draw] = {
     "value": _value,
     "state": _state,
     "any door": _any_door,
@@ -473,8 +479,8 @@ _SUBJECTS: dict[str, Callable[[Told, random.Random], _Subject | None]] = {
     "camera what": _camera(_what),
     "camera whether": _camera(_whether),
     "camera how many": _camera(_how_many),
-    "camera colour": _camera(_colour),
-    "camera where": _camera(_where),
+    "camera colour": _camera(_about_thing(_COLOUR_ASKS, _colour)),
+    "camera where": _camera(_about_thing(_WHERE_ASKS, _where)),
 }
 _NAMES = frozenset((*HEATED_C, *APPLIANCES))
 

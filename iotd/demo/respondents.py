@@ -3,24 +3,19 @@
 All decode greedily, so that the same question over the same stream has the same answer.
 """
 
-import contextlib
-import json
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-import msgspec
+from typing import Self
 
 from iotd.address import split_address
 from iotd.client import Client
 from iotd.config import DEFAULT_SYSTEM
 from iotd.demo.broker import embedded_broker
-from iotd.demo.child import Child, child
-from iotd.demo.devices import CAMERA_TOPIC, home_subscriptions
+from iotd.demo.daemon import home_daemon
+from iotd.demo.devices import CAMERA_TOPIC
 from iotd.demo.examples import Heard, Seen
 from iotd.demo.scene import jpeg
 from iotd.engine.backlog import Shot
@@ -78,7 +73,8 @@ class PackageRespondent:
 
     def answer(self, question: str) -> str:
         self._live.copy_into(self._fork)
-        logits = self._feed(self._fork, self._lines.question(question, (), thinking=False))
+        logits = self._feed(self._fork, self._lines.question(question, (), thinking=False), logits=True)
+        assert logits is not None
         sampling = Sampling(temperature=0.0, presence_penalty=0.0, max_tokens=MAX_TOKENS)
         generation = self._model.generation(self._fork, logits, sampling)
         text = ""
@@ -92,15 +88,14 @@ class PackageRespondent:
             return self._lines.reading(observation)[0]
         return self._lines.frame(Shot(observation.camera, observation.time_s, observation.rgb))
 
-    def _feed(self, state: State, parts: list[Part]) -> Floats:
-        """Read it all. Returns float32 [V] after the last token."""
-        logits: Floats | None = None
+    def _feed(self, state: State, parts: list[Part], *, logits: bool = False) -> Floats | None:
+        """Read it all. Returns float32 [V] after the last token, where it is asked for."""
+        found: Floats | None = None
         for chunk in chunks(parts, CHUNK_TOKENS):
             if isinstance(chunk, Rows) and chunk.image.embedding is None:
                 encode(self._model, chunk.image)
-            logits = feed(self._model, state, chunk, logits=True)
-        assert logits is not None
-        return logits
+            found = feed(self._model, state, chunk, logits=logits)
+        return found
 
 
 class DaemonRespondent:
@@ -189,8 +184,7 @@ class FreshDaemonRespondent:
 
     def __enter__(self) -> Self:
         broker = self._stack.enter_context(embedded_broker())
-        self._host, self._port = broker.host, broker.port
-        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="iotd-eval-")))
+        self._broker = broker.host, broker.port
         return self
 
     def __exit__(
@@ -203,9 +197,11 @@ class FreshDaemonRespondent:
         """Raises Unavailable where the daemon does not start."""
         self._home.close()
         with ExitStack() as stack:
-            daemon = stack.enter_context(self._daemon())
-            target = daemon.wait_for("ready", START_S)["grpc"]
-            self._respondent = stack.enter_context(DaemonRespondent(target, f"{self._host}:{self._port}"))
+            _, target = stack.enter_context(
+                home_daemon(self._package, self._broker, node="eval", start_s=START_S, model={"threads": self._threads})
+            )
+            host, port = self._broker
+            self._respondent = stack.enter_context(DaemonRespondent(target, f"{host}:{port}"))
             self._home = stack.pop_all()
 
     def read(self, event: Heard | Seen) -> None:
@@ -213,25 +209,6 @@ class FreshDaemonRespondent:
 
     def answer(self, question: str) -> str:
         return self._respondent.answer(question)
-
-    @contextlib.contextmanager
-    def _daemon(self) -> Iterator[Child]:
-        config = self._folder / "iotd.yaml"
-        config.write_text(json.dumps(self._config()))
-        with child("the daemon", "serve", "-c", str(config), env={"IOTD_LOG__FORMAT": "json"}) as daemon:
-            yield daemon
-
-    def _config(self) -> dict[str, Any]:
-        return {
-            "model": {"path": str(self._package.absolute()), "threads": self._threads},
-            "mqtt": {
-                "host": self._host,
-                "port": self._port,
-                "node": "eval",
-                "subscriptions": msgspec.to_builtins(home_subscriptions()),
-            },
-            "grpc": {"listen": "127.0.0.1:0"},
-        }
 
 
 def _message(event: Heard | Seen) -> tuple[str, str | bytes]:

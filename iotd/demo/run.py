@@ -5,28 +5,23 @@ hand.
 """
 
 import contextlib
-import json
 import math
 import random
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
-
-import msgspec
+from typing import TypeVar
 
 from iotd.client import Client
 from iotd.demo import simulate
 from iotd.demo.broker import embedded_broker
-from iotd.demo.child import Child, child
-from iotd.demo.devices import home_subscriptions
+from iotd.demo.child import Child
+from iotd.demo.daemon import home_daemon
 from iotd.demo.ledger import Ledger
 from iotd.demo.package import demo_package
 from iotd.demo.questions import KIND_WEIGHTS, Question
@@ -149,11 +144,16 @@ def _stage(screen: Screen, seed: int) -> Iterator[_Stage]:
     package = demo_package(screen.say)
     with contextlib.ExitStack() as stack:
         broker = stack.enter_context(embedded_broker())
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="iotd-demo-"))
-        config = Path(folder) / "iotd.yaml"
-        config.write_text(json.dumps(_config(package, broker.host, broker.port)))
-        daemon = stack.enter_context(child("the daemon", "serve", "-c", str(config), env={"IOTD_LOG__FORMAT": "json"}))
-        target = daemon.wait_for("ready", START_S)["grpc"]
+        daemon, target = stack.enter_context(
+            home_daemon(
+                package,
+                (broker.host, broker.port),
+                node=NODE,
+                start_s=START_S,
+                context={"window": WINDOW_TOKENS},
+                ask={"temperature": 0.0, "presence_penalty": 0.0},
+            )
+        )
         client = stack.enter_context(Client(target))
         _introduce(screen, target, broker.host, broker.port)
         _wait_for("connection to the broker", lambda: (link := client.status().link) and link.connected)
@@ -256,18 +256,3 @@ def _wait_for(what: str, find: Callable[[], T | None]) -> T:
             raise Unavailable(f"no {what} within {START_S:g} s")
         time.sleep(POLL_S)
     return found
-
-
-def _config(package: Path, host: str, port: int) -> dict[str, Any]:
-    return {
-        "model": {"path": str(package)},
-        "context": {"window": WINDOW_TOKENS},
-        "ask": {"temperature": 0.0, "presence_penalty": 0.0},
-        "mqtt": {
-            "host": host,
-            "port": port,
-            "node": NODE,
-            "subscriptions": msgspec.to_builtins(home_subscriptions()),
-        },
-        "grpc": {"listen": "127.0.0.1:0"},
-    }

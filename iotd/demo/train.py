@@ -1,10 +1,12 @@
 """Trains the demo's model: transformers' own Qwen3.5, small, on conversations about simulated homes. Resumable.
 
     python -m iotd.demo.train RUN                    # train in the folder RUN, or go on there
+    python -m iotd.demo.train RUN --begin-with CHECKPOINT --stage long    # a new run, from what another has learnt
     python -m iotd.demo.train RUN --export FOLDER    # write what it has learnt as a checkpoint, with the curve
 
-Three stages: the vision tower learns to say what stands in each part of a picture, with a layer of its own that is
-thrown away; the text model learns from short conversations without pictures; then both learn together, ever longer.
+The vision tower first learns to say what stands in each part of a picture, with a layer of its own that is thrown
+away; the text model to recall, from drills and short conversations without pictures. Then both learn together, and at
+last the text model alone learns from longer conversations.
 """
 
 import argparse
@@ -39,15 +41,13 @@ from iotd.demo.network import (
     SIDE,
     export,
     lengthen_memory,
+    picture_inputs,
     quick,
     shape,
     train_tokenizer,
-    vision_spec,
 )
-from iotd.demo.scene import COLOURS, KINDS, SIZE, Scene
+from iotd.demo.scene import COLOURS, KINDS, Scene
 from iotd.engine.lines import reading_line
-from iotd.events import RGB
-from iotd.model.vision import patches
 
 log = logging.getLogger("iotd.demo.train")
 
@@ -110,12 +110,12 @@ class Trainer:
         self.network = Qwen3_5ForConditionalGeneration(shape())
         lengthen_memory(self.network)
         self.cells = nn.Linear(HIDDEN, len(KINDS) + len(COLOURS) * len(KINDS))
-        self._matrices, self._others = _parameters(self.network, self.cells)
+        self._matrices, self._others = _parameters(self.network)
+        self._others += self.cells.parameters()
         self.optimizers: list[torch.optim.Optimizer] = [
             Muon(self._matrices, MUON_RATE),
             torch.optim.AdamW(self._others, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        self._spec = vision_spec()
 
     def save(self) -> None:
         state = {
@@ -177,9 +177,7 @@ class Trainer:
         positions = torch.from_numpy(np.stack([row.positions for row in rows], axis=1))
         worth = torch.from_numpy(np.stack([row.worth for row in rows]))[:, 1:]
         pictures = [picture for row in rows for picture in row.pictures]
-        seen = {}
-        if pictures:
-            seen = {"pixel_values": self._pixels(pictures), "image_grid_thw": _grid(len(pictures))}
+        seen = picture_inputs(pictures) if pictures else {}
         logits = self.network(input_ids=ids, position_ids=positions, use_cache=False, **seen).logits[:, :-1]
         losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(worth)
         tally.answers(rows, (logits.detach().argmax(-1) == ids[:, 1:]).numpy())
@@ -187,8 +185,8 @@ class Trainer:
 
     def _vision_loss(self, scenes: list[Scene], tally: "_Tally") -> Tensor:
         """What each merged token of the picture holds: which kinds, and of which colour each."""
-        pixels = self._pixels([scene.rgb for scene in scenes])
-        found = self.network.model.visual(pixels, grid_thw=_grid(len(scenes))).pooler_output
+        seen = picture_inputs([scene.rgb for scene in scenes])
+        found = self.network.model.visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output
         kinds, colours = self.cells(found).split([len(KINDS), len(KINDS) * len(COLOURS)], -1)
         truth, paint = (torch.from_numpy(np.concatenate(part)) for part in zip(*map(_cells, scenes), strict=True))
         sure = truth != 0.5
@@ -200,11 +198,6 @@ class Trainer:
         tally.score("things", ((kinds > 0) & there).sum().item() / max(1, there.sum().item()))
         tally.score("colours", (named.argmax(-1) == paint[there]).float().mean().item())
         return loss + 0.3 * F.cross_entropy(named, paint[there])
-
-    def _pixels(self, pictures: list[RGB]) -> Tensor:
-        flat = np.concatenate([patches(picture, self._spec) for picture in pictures])
-        twice = flat.reshape(len(flat), 3, 1, -1).repeat(2, axis=2)  # a still picture is two equal moments
-        return torch.from_numpy(twice.reshape(len(flat), -1))
 
     def _log(self, stage: Stage, step: int, figures: dict[str, float], step_s: float) -> None:
         record = {"stage": stage.name, "step": step, "step_s": round(step_s, 4), **figures}
@@ -244,20 +237,14 @@ class _Tally:
         return figures
 
 
-def _parameters(*modules: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def _parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Matrices between hidden layers, for Muon, and the rest, for AdamW."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            outer = any(part in name for part in ("embed", "lm_head", "in_proj_a", "in_proj_b"))
-            hidden = parameter.ndim == 2 and not outer and module is modules[0]
-            (matrices if hidden else others).append(parameter)
+    for name, parameter in network.named_parameters():
+        outer = any(part in name for part in ("embed", "lm_head", "in_proj_a", "in_proj_b"))
+        (matrices if parameter.ndim == 2 and not outer else others).append(parameter)
     return matrices, others
-
-
-def _grid(n: int) -> Tensor:
-    return torch.tensor([[1, SIZE // PATCH, SIZE // PATCH]] * n)
 
 
 def _cells(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
