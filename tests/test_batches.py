@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 
 from iotd.config import DEFAULT_SYSTEM
-from iotd.demo.batches import Row, Writer
-from iotd.demo.examples import Asked, Pace, conversation
+from iotd.demo.batches import Row, Writer, drawn_scene
+from iotd.demo.examples import Asked, Pace, Seen, conversation
+from iotd.demo.home import DOORS, HEATED_C
+from iotd.demo.probes import UNKNOWN, labels
+from iotd.demo.questions import SIDES, Told, side_of
+from iotd.demo.scene import COLOURS, KINDS
 from iotd.engine.backlog import Shot
 from iotd.engine.entry import Part
 from iotd.engine.feed import encode
@@ -20,6 +24,15 @@ from iotd.model.package import TOKENIZER
 PACE = Pace(events=(3, 8), questions=(1, 2), frames=0.3, mischief=0.2)
 SIZE = (160, 160)
 LENGTH = 1500
+NAMES = (
+    *(f"{door} door" for door in DOORS),
+    *(f"{room} motion" for room in HEATED_C),
+    *("warmest", "coldest"),
+    *KINDS,
+    *(f"side of {kind}" for kind in KINDS),
+    "how many",
+)
+"""Of the probes, in their order."""
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +115,45 @@ def test_the_answers_places_hold_the_answers_and_the_end_of_the_turn(model: Mode
         assert row.ids[end - 1] == model.tokenizer.token_id("<|im_end|>")
         assert text(model, row.ids[begin : end - 1].tolist()) == question.answer
         assert (row.worth[begin:end] == 1.0).all()
+
+
+def test_probes_ask_at_each_lines_end_what_was_told_by_then(model: Model, writer: Writer) -> None:
+    row = writer.row(4, LENGTH, PACE)
+    told, seen = Told(), iter(row.lines)
+    for event in conversation(4, PACE, epoch_s=86400.0 * random.Random(4).randrange(15000, 25000)):
+        if isinstance(event, Asked):
+            continue
+        if (line := next(seen, None)) is None:
+            break
+        told.look(event.scene) if isinstance(event, Seen) else told.hear(event.report)
+        assert (line[1] == labels(told)).all()
+        assert model.tokenizer.encode("\n", special=False) == [row.ids[line[0]]]
+    assert len(row.lines) > 5
+
+
+def test_labels_say_what_is_so_and_nothing_of_what_is_unknown() -> None:
+    told = Told()
+    known = dict(zip(NAMES, labels(told), strict=True))
+    assert {known["front door"], known["kitchen motion"]} == {0}
+    assert {known["warmest"], known["person"], known["side of person"], known["how many"]} == {UNKNOWN}
+    told.values |= {
+        "front door": "open",
+        "back door": "closed",
+        "study temperature": "9 °C",
+        "attic temperature": "8 °C",
+    }
+    scene = drawn_scene(np.random.default_rng(3))
+    told.look(scene)
+    known = dict(zip(NAMES, labels(told), strict=True))
+    assert (known["front door"], known["back door"], known["garage door"]) == (2, 1, 0)
+    assert [*HEATED_C][known["warmest"]] == "study"
+    assert [*HEATED_C][known["coldest"]] == "attic"
+    assert known["how many"] == len(scene.things)
+    things = {thing.kind: thing for thing in scene.things}
+    for kind in KINDS:
+        there = kind in things
+        assert known[kind] == (1 + [*COLOURS].index(things[kind].colour) if there else 0)
+        assert known[f"side of {kind}"] == (SIDES.index(side_of(things[kind], scene)) if there else UNKNOWN)
 
 
 def test_only_answers_and_readings_are_worth_anything(writer: Writer) -> None:

@@ -26,7 +26,7 @@ from iotd.demo import train  # noqa: E402
 from iotd.demo.evaluate import ask  # noqa: E402
 from iotd.demo.examples import Heard, Seen  # noqa: E402
 from iotd.demo.muon import Muon  # noqa: E402
-from iotd.demo.network import gated_delta_rule, picture_inputs, shape  # noqa: E402
+from iotd.demo.network import causal_convolution, gated_delta_rule, grown, picture_inputs, shape  # noqa: E402
 from iotd.demo.package import CHECKPOINT  # noqa: E402
 from iotd.demo.respondents import PackageRespondent  # noqa: E402
 from iotd.engine.entry import Image, Part  # noqa: E402
@@ -47,6 +47,27 @@ def test_the_quick_delta_rule_is_transformers_own(key_heads: int, heads: int) ->
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     slopes = [torch.autograd.grad(out.square().sum(), (query, key)) for out in (found, wanted)]
     torch.testing.assert_close(*slopes, atol=1e-4, rtol=1e-3)
+
+
+def test_the_quick_convolution_is_transformers_own() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 12, 40, requires_grad=True), torch.randn(12, 4)
+    found, wanted = (rule(x, weight, None, "silu") for rule in (causal_convolution, modeling_qwen3_5.causal_conv1d_fn))
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+    slopes = [torch.autograd.grad(out.square().sum(), x) for out in (found, wanted)]
+    torch.testing.assert_close(*slopes, atol=1e-5, rtol=1e-4)
+
+
+def test_a_network_that_has_grown_computes_what_it_did() -> None:
+    torch.manual_seed(0)
+    small_shape = shape()
+    small_shape.text_config.num_hidden_layers = 4
+    small_shape.text_config.layer_types = small_shape.text_config.layer_types[:4]
+    small, large = (Qwen3_5ForConditionalGeneration(of).eval() for of in (small_shape, shape()))
+    large.load_state_dict(grown(small.state_dict(), large))
+    ids = torch.randint(0, shape().text_config.vocab_size, (1, 64))
+    with torch.no_grad():
+        torch.testing.assert_close(large(ids).logits, small(ids).logits)
 
 
 def test_muon_makes_a_step_of_the_same_length_in_every_direction() -> None:
@@ -121,7 +142,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Networks:
 
 
 def test_the_checkpoint_is_of_the_shape_that_is_trained_and_small(networks: Networks) -> None:
-    assert networks.reference.config.text_config.layer_types == ["linear_attention"] * 3 + ["full_attention"]
+    assert networks.reference.config.text_config.layer_types == shape().text_config.layer_types
     assert networks.reference.config.text_config.vocab_size == shape().text_config.vocab_size
     assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) <= 6_000_000
     with (CHECKPOINT / "model.safetensors").open("rb") as file:

@@ -15,10 +15,11 @@ from iotd.config import DEFAULT_SYSTEM
 from iotd.convert.chat import CHATML
 from iotd.demo.examples import Asked, Heard, Pace, conversation
 from iotd.demo.home import DOORS, HEATED_C
+from iotd.demo.probes import Labels, labels
 from iotd.demo.questions import APPLIANCES, Question, Told, extreme_of, side_of
 from iotd.demo.scene import KINDS, Scene, draw
 from iotd.engine.lines import day_line, day_of, frame_line, reading_line
-from iotd.events import RGB, Frame
+from iotd.events import RGB
 from iotd.model.chat import Segment, TemplateText, UserText
 from iotd.model.tokenizer import Tokenizer
 
@@ -41,7 +42,14 @@ class Row:
     """[T]: weight of the loss on this token being predicted."""
     answers: list[tuple[int, int, Question]]
     """Where each answer begins, and where it ends, with its end of turn."""
-    pictures: list[RGB]
+    scenes: list[Scene]
+    """Its pictures, with what is in them."""
+    lines: list[tuple[int, Labels]]
+    """Last token of each line of the stream, and what the probes have to say there."""
+
+    @property
+    def pictures(self) -> list[RGB]:
+        return [scene.rgb for scene in self.scenes]
 
 
 class Writer:
@@ -69,7 +77,7 @@ class Writer:
         else:
             day = day_of(epoch_s)
             self._write(draft, [TemplateText(CHATML.user.before)], 0.0)
-        asked = False
+        asked, told = False, Told()
         events = conversation(seed, pace, epoch_s=epoch_s)
         while len(draft.ids) < length:
             event = next(events)
@@ -84,10 +92,15 @@ class Writer:
                 self._write(draft, [UserText(day_line(day))], 0.0)
             if isinstance(event, Heard):
                 self._write(draft, [UserText(reading_line(event.observation()))], STREAM_WORTH)
+                told.hear(event.report)
+                draft.line(labels(told))
                 continue
             frame = event.observation()
-            self._write(draft, [UserText(frame_line(frame.camera, frame.time_s)), *CHATML.image_segments(frame)], 0.0)
+            told.look(event.scene)
+            before = UserText(frame_line(frame.camera, frame.time_s))
+            self._write(draft, [before, *CHATML.image_segments(event.scene)], 0.0)
             self._write(draft, [UserText("\n")], 0.0)
+            draft.line(labels(told))
         return draft.cut(length)
 
     def _exchange(self, draft: "_Draft", question: Question) -> None:
@@ -132,7 +145,7 @@ class Writer:
         draft = _Draft(self._pad, self._side)
         while len(draft.ids) < length:
             scene = drawn_scene(rng)
-            self._write(draft, CHATML.image_segments(Frame("", scene.rgb, 0.0)), 0.0)
+            self._write(draft, CHATML.image_segments(scene), 0.0)
             self._write(draft, [UserText(f"\n {len(scene.things)} things\n")], 1.0)
             for thing in sorted(scene.things, key=lambda thing: thing.kind):
                 self._write(draft, [UserText(f" {thing.kind} {thing.colour} {side_of(thing, scene)}\n")], 1.0)
@@ -143,8 +156,8 @@ class Writer:
             if isinstance(run, list):
                 draft.text(run, worth)
             else:
-                assert isinstance(run, Frame)
-                draft.picture(run.rgb)
+                assert isinstance(run, Scene)
+                draft.picture(run)
 
 
 LABELS = (
@@ -190,9 +203,10 @@ class _Draft:
     def __init__(self, pad: int, side: int) -> None:
         self.ids: list[int] = []
         self.answers: list[tuple[int, int, Question]] = []
+        self._lines: list[tuple[int, Labels]] = []
         self._worth: list[float] = []
         self._positions: list[tuple[int, int, int]] = []
-        self._pictures: list[tuple[int, RGB]] = []
+        self._scenes: list[tuple[int, Scene]] = []
         self._next = 0
         self._pad, self._side = pad, side
 
@@ -202,9 +216,13 @@ class _Draft:
         self._positions += [(at, at, at) for at in range(self._next, self._next + len(ids))]
         self._next += len(ids)
 
-    def picture(self, rgb: RGB) -> None:
+    def line(self, known: Labels) -> None:
+        """A line of the stream has ended."""
+        self._lines.append((len(self.ids) - 1, known))
+
+    def picture(self, scene: Scene) -> None:
         at, side = self._next, self._side
-        self._pictures.append((len(self.ids), rgb))
+        self._scenes.append((len(self.ids), scene))
         self.ids += [self._pad] * side**2
         self._worth += [0.0] * side**2
         self._positions += [(at, at + row, at + column) for row in range(side) for column in range(side)]
@@ -212,14 +230,16 @@ class _Draft:
 
     def cut(self, length: int) -> Row:
         """A picture that would be cut in two is left out: the row then ends with noughts that count for nothing."""
-        whole = [(at, rgb) for at, rgb in self._pictures if at + self._side**2 <= length]
-        ids = self.ids[:length]
-        if len(whole) < len(self._pictures) and (broken := self._pictures[len(whole)][0]) < length:
+        whole = [scene for at, scene in self._scenes if at + self._side**2 <= length]
+        ids, end = self.ids[:length], length
+        if len(whole) < len(self._scenes) and (broken := self._scenes[len(whole)][0]) < length:
             ids[broken:] = [0] * (length - broken)
+            end = broken
         return Row(
             np.array(ids, np.int64),
             np.array(self._positions[:length], np.int64).T,
             np.array(self._worth[:length], np.float32),
             [(begin, end, question) for begin, end, question in self.answers if end <= length],
-            [rgb for _, rgb in whole],
+            whole,
+            [(at, known) for at, known in self._lines if at < end],
         )

@@ -7,7 +7,8 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from iotd.model.vision import patches
 
 VOCAB_SIZE = 768
 HIDDEN = 128
+N_LAYERS = 8
+ATTENTION_EVERY = 4
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -96,7 +99,7 @@ def shape() -> Qwen3_5Config:
         "vocab_size": VOCAB_SIZE,
         "hidden_size": HIDDEN,
         "intermediate_size": 3 * HIDDEN,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": N_LAYERS,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
@@ -216,6 +219,13 @@ def gated_delta_rule(
     assert initial_state is None
     assert not output_final_state
     assert use_qk_l2norm_in_kernel
+    with torch.autocast("cpu", enabled=False):
+        out = _delta_rule(query.float(), key.float(), value.float(), g.float(), beta.float(), chunk_size)
+    return out.to(query.dtype), None
+
+
+def _delta_rule(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, chunk_size: int) -> Tensor:
+    """In float32, whatever the rest is computed in: the system is solved by substitution, which adds errors up."""
     batch, length, key_heads, key_dim = key.shape
     heads, value_dim = value.shape[-2:]
     chunks = length // chunk_size
@@ -244,18 +254,53 @@ def gated_delta_rule(
         out.append(q[:, i] @ state + within[:, i] @ update)
         state = state * kept[:, i, None, None] + to_end[:, i].mT @ update
     whole = torch.stack(out, 1).reshape(batch, heads, length, value_dim)
-    return whole.transpose(1, 2), None
+    return whole.transpose(1, 2)
+
+
+def causal_convolution(x: Tensor, weight: Tensor, bias: None = None, activation: str = "silu", **_: Any) -> Tensor:
+    """What transformers' `causal_conv1d_fn` computes, as sums of shifted rows, which compile into one loop.
+
+    x: [B, C, T], in memory as [B, T, C]; weight [C, k].
+    """
+    assert bias is None
+    assert activation == "silu"
+    width, length = weight.shape[1], x.shape[2]
+    padded = F.pad(x.transpose(1, 2), (0, 0, width - 1, 0))
+    mixed = sum(padded[:, i : i + length] * weight[:, i] for i in range(width))
+    assert isinstance(mixed, Tensor)
+    return F.silu(mixed).transpose(1, 2)
 
 
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
-    """transformers' own model with the faster form of its delta rule, for whole sequences."""
-    reference = modeling_qwen3_5.torch_chunk_gated_delta_rule
-    modeling_qwen3_5.torch_chunk_gated_delta_rule = gated_delta_rule
+    """transformers' own model with the faster forms of its delta rule and convolution, for whole sequences."""
+    faster = {"torch_chunk_gated_delta_rule": gated_delta_rule, "causal_conv1d_fn": causal_convolution}
+    reference = {name: getattr(modeling_qwen3_5, name) for name in faster}
     try:
+        for name, function in faster.items():
+            setattr(modeling_qwen3_5, name, function)
         yield
     finally:
-        modeling_qwen3_5.torch_chunk_gated_delta_rule = reference
+        for name, function in reference.items():
+            setattr(modeling_qwen3_5, name, function)
+
+
+def grown(known: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """The weights of a network of half the depth, spread over this one so that it computes the same.
+
+    The layers between its first three and its last are new, and add nothing yet: their last projections are nought.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, fresh in network.state_dict().items():
+        found = re.fullmatch(r"(.*language_model\.layers\.)(\d+)(\..*)", name)
+        if found is None or (layer := int(found[2])) < ATTENTION_EVERY - 1:
+            weights[name] = known[name]
+        elif layer == N_LAYERS - 1:
+            weights[name] = known[f"{found[1]}{ATTENTION_EVERY - 1}{found[3]}"]
+        else:
+            last = name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight"))
+            weights[name] = torch.zeros_like(fresh) if last else fresh
+    return weights
 
 
 def export(network: Qwen3_5ForConditionalGeneration, tokenizer: Path, out: Path) -> None:

@@ -4,9 +4,10 @@
     python -m iotd.demo.train RUN --begin-with CHECKPOINT --stage long    # a new run, from what another has learnt
     python -m iotd.demo.train RUN --export FOLDER    # write what it has learnt as a checkpoint, with the curve
 
-The vision tower first learns to say what stands in each part of a picture, with a layer of its own that is thrown
-away; the text model to recall, from drills and short conversations without pictures. Then both learn together, and at
-last the text model alone learns from longer conversations.
+The vision tower first learns to say what stands in each part of a picture; the text model to recall, from drills and
+short conversations without pictures. Then both learn together, at last from conversations as long as the daemon's,
+while probes ask at the end of each line what is so in the home by then. The layers that say what is in a part of a
+picture, and what is so at a line's end, are thrown away.
 """
 
 import argparse
@@ -37,15 +38,18 @@ from iotd.demo.muon import Muon
 from iotd.demo.network import (
     HIDDEN,
     MERGE,
+    N_LAYERS,
     PATCH,
     SIDE,
     export,
+    grown,
     lengthen_memory,
     picture_inputs,
     quick,
     shape,
     train_tokenizer,
 )
+from iotd.demo.probes import CHOICES
 from iotd.demo.scene import COLOURS, KINDS, Scene
 from iotd.engine.lines import reading_line
 
@@ -86,14 +90,16 @@ STAGES = (
         "pictures", 1500, 8, 384, Pace((1, 8), (3, 6), frames=0.2, kinds=_HARDER), 0.2, drilled=0.125, captioned=0.25
     ),
     Stage("questions", 1750, 12, 256, Pace((1, 5), (4, 8), frames=0.2, kinds=_HARDER), 0.1, sighted=False),
-    Stage("long", 900, 4, 768, Pace((2, 14), (3, 7), frames=0.12, kinds=_HARDER), 0.6, sighted=False),
-    Stage("mixed", 800, 8, 384, Pace((2, 10), (4, 8), frames=0.2, kinds=_HARDER), 0.4, sighted=False),
+    Stage("whole", 1750, 4, 768, Pace(frames=0.15, kinds=_HARDER), 0.5, sighted=False),
+    Stage("settle", 4500, 4, 768, Pace(frames=0.15, kinds=_HARDER), 0.7),
 )
+CELLS_WORTH = 0.3
+"""Of what the tower sees in a picture's parts, against 1 for a token of an answer."""
+PROBES_WORTH = 0.02
+"""Of all probes of a line, against 1 for a token of an answer."""
 PEAK_RATE = 2e-3
 MUON_RATE = 0.02
 WARM_UP_STEPS = 100
-DECAY = 0.3
-"""Of the last stage, in which the rate falls to nought."""
 SEED = 20261123
 CHECKPOINT_EVERY = 250
 LOG_EVERY = 25
@@ -110,8 +116,9 @@ class Trainer:
         self.network = Qwen3_5ForConditionalGeneration(shape())
         lengthen_memory(self.network)
         self.cells = nn.Linear(HIDDEN, len(KINDS) + len(COLOURS) * len(KINDS))
+        self.probes = nn.Linear(HIDDEN, sum(CHOICES))
         self._matrices, self._others = _parameters(self.network)
-        self._others += self.cells.parameters()
+        self._others += [*self.cells.parameters(), *self.probes.parameters()]
         self.optimizers: list[torch.optim.Optimizer] = [
             Muon(self._matrices, MUON_RATE),
             torch.optim.AdamW(self._others, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.0),
@@ -121,6 +128,7 @@ class Trainer:
         state = {
             "network": self.network.state_dict(),
             "cells": self.cells.state_dict(),
+            "probes": self.probes.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "done": self.done,
         }
@@ -131,13 +139,15 @@ class Trainer:
         state = torch.load(self.folder / "state.pt")
         self.network.load_state_dict(state["network"])
         self.cells.load_state_dict(state["cells"])
+        self.probes.load_state_dict(state["probes"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.done = state["done"]
 
     def begin_with(self, checkpoint: Path) -> None:
         known = Qwen3_5ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
-        self.network.load_state_dict(known.state_dict())
+        same_depth = len(known.model.language_model.layers) == N_LAYERS
+        self.network.load_state_dict(known.state_dict() if same_depth else grown(known.state_dict(), self.network))
 
     def run(self, stage: Stage) -> None:
         begin = self.done.get(stage.name, 0)
@@ -150,7 +160,7 @@ class Trainer:
         self.network.model.visual.requires_grad_(stage.sighted)
         for step, batch in zip(range(begin, stage.steps), batches, strict=False):
             self._set_rate(stage, step)
-            loss = self._vision_loss(batch, tally) if stage.name == "vision" else self._text_loss(batch, tally)
+            loss = self._loss(stage, batch, tally)
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call] # torch has no type for it
@@ -167,32 +177,69 @@ class Trainer:
     def _set_rate(self, stage: Stage, step: int) -> None:
         rate = min(1.0, (step + 1) / WARM_UP_STEPS)
         if stage is self.stages[-1]:
-            rate *= min(1.0, (1 - step / stage.steps) / DECAY)
+            rate *= 1 - step / stage.steps
         for optimizer, peak in zip(self.optimizers, (MUON_RATE, PEAK_RATE), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate
 
-    def _text_loss(self, rows: list[Row], tally: "_Tally") -> Tensor:
+    def _loss(self, stage: Stage, batch: Any, tally: "_Tally") -> Tensor:
+        if stage.name == "vision":
+            return self._vision_loss(batch, tally)
+        return self._text_loss(batch, tally, sighted=stage.sighted)
+
+    def _text_loss(self, rows: list[Row], tally: "_Tally", *, sighted: bool) -> Tensor:
         ids = torch.from_numpy(np.stack([row.ids for row in rows]))
         positions = torch.from_numpy(np.stack([row.positions for row in rows], axis=1))
         worth = torch.from_numpy(np.stack([row.worth for row in rows]))[:, 1:]
+        counts, wanted = worth > 0, ids[:, 1:]
         pictures = [picture for row in rows for picture in row.pictures]
         seen = picture_inputs(pictures) if pictures else {}
-        logits = self.network(input_ids=ids, position_ids=positions, use_cache=False, **seen).logits[:, :-1]
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(worth)
-        tally.answers(rows, (logits.detach().argmax(-1) == ids[:, 1:]).numpy())
-        return (losses * worth).sum() / worth.sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = self.network.model(
+                input_ids=ids, position_ids=positions, use_cache=False, output_hidden_states=True, **seen
+            )
+            logits = self.network.lm_head(out.last_hidden_state[:, :-1][counts])
+        losses = F.cross_entropy(logits.float(), wanted[counts], reduction="none")
+        hits = torch.zeros_like(counts)
+        hits[counts] = logits.detach().argmax(-1) == wanted[counts]
+        tally.answers(rows, hits.numpy())
+        loss: Tensor = (losses * worth[counts]).sum() / worth.sum()
+        if sighted and pictures:
+            embeddings = out.hidden_states[0][ids == self.network.config.image_token_id]
+            loss = loss + CELLS_WORTH * self._cells_loss(embeddings, [s for row in rows for s in row.scenes], tally)
+        return loss + PROBES_WORTH * self._probe_loss(rows, out.hidden_states[N_LAYERS - 1], tally)
+
+    def _probe_loss(self, rows: list[Row], hidden: Tensor, tally: "_Tally") -> Tensor:
+        """What the last layer but one knows of the home where a line ends. hidden: [B, T, D]."""
+        at = [(i, end) for i, row in enumerate(rows) for end, _ in row.lines]
+        if not at:
+            return hidden.new_zeros(())
+        where = torch.tensor(at).T
+        known = F.rms_norm(hidden[where[0], where[1]].float(), [HIDDEN])
+        truth = torch.from_numpy(np.stack([known for row in rows for _, known in row.lines]))
+        probes = zip(self.probes(known).split(CHOICES, -1), truth.T, strict=True)
+        losses, right = [], []
+        for logits, wanted in probes:
+            losses.append(F.cross_entropy(logits, wanted, reduction="sum"))
+            right.append((logits.detach().argmax(-1) == wanted)[wanted >= 0])
+        tally.score("probes", torch.cat(right).float().mean().item())
+        return torch.stack(losses).sum() / len(at)
 
     def _vision_loss(self, scenes: list[Scene], tally: "_Tally") -> Tensor:
-        """What each merged token of the picture holds: which kinds, and of which colour each."""
         seen = picture_inputs([scene.rgb for scene in scenes])
         found = self.network.model.visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output
+        return self._cells_loss(found, scenes, tally)
+
+    def _cells_loss(self, found: Tensor, scenes: list[Scene], tally: "_Tally") -> Tensor:
+        """What each merged token of the pictures, [n, D], holds: which kinds, and of which colour each."""
         kinds, colours = self.cells(found).split([len(KINDS), len(KINDS) * len(COLOURS)], -1)
         truth, paint = (torch.from_numpy(np.concatenate(part)) for part in zip(*map(_cells, scenes), strict=True))
         sure = truth != 0.5
         loss = (F.binary_cross_entropy_with_logits(kinds, truth, reduction="none") * sure).sum() / sure.sum()
         there = truth == 1
         named = colours.view(-1, len(KINDS), len(COLOURS))[there]
+        if not there.any():
+            return loss
         right = ((kinds > 0) == (truth > 0.5)) | ~sure
         tally.score("cells", right.all(-1).float().mean().item())
         tally.score("things", ((kinds > 0) & there).sum().item() / max(1, there.sum().item()))
@@ -288,12 +335,16 @@ def _batch(stage: Stage, step: int, writer: Writer) -> Any:
     return rows
 
 
+_PACES = (((1, 8), (4, 8)), ((8, 18), (5, 9)), ((18, 28), (10, 14)))
+"""Events and questions of a round in conversations long enough: from many short rounds to a single one, in which the
+daemon's context has everything ahead of any question."""
+
+
 def _varied(stage: Stage, seed: int) -> Pace:
-    """One row in three hears half of it before it is asked anything: as the daemon's context has it."""
-    most = stage.length // 40
-    if seed % 3 or stage.pace.events[1] < 6:
+    if stage.length < 700:
         return stage.pace
-    return replace(stage.pace, events=(most // 2, most), questions=(4, 8))
+    events, questions = _PACES[seed % len(_PACES)]
+    return replace(stage.pace, events=events, questions=questions)
 
 
 def _feed(stage: Stage, begin: int, tokenizer: Path) -> Iterator[Any]:
@@ -346,8 +397,10 @@ def plot(history: Path, out: Path) -> None:
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for stage in STAGES:
         of_stage = [record for record in records if record["stage"] == stage.name]
+        if not of_stage:
+            continue  # learnt in a run before this one
         for record in of_stage:
-            for name in ("loss", "all", "value", "state", "missing", "coldest", "camera what", "things"):
+            for name in ("loss", "all", "value", "state", "coldest", "camera what", "camera where", "probes"):
                 if name in record:
                     curves[name].append((step + record["step"], record[name]))
         above.axvline(step, color="0.8", linewidth=0.8)
