@@ -285,6 +285,12 @@ def quick() -> Iterator[None]:
             setattr(modeling_qwen3_5, name, function)
 
 
+@functools.cache
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself; elsewhere it is emulated, and slower than float32."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
+
+
 def grown(known: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """The weights of a network of half the depth, spread over this one so that it computes the same.
 

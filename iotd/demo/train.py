@@ -43,6 +43,7 @@ from iotd.demo.network import (
     SIDE,
     export,
     grown,
+    has_bfloat16,
     lengthen_memory,
     picture_inputs,
     quick,
@@ -194,7 +195,7 @@ class Trainer:
         counts, wanted = worth > 0, ids[:, 1:]
         pictures = [picture for row in rows for picture in row.pictures]
         seen = picture_inputs(pictures) if pictures else {}
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
             out = self.network.model(
                 input_ids=ids, position_ids=positions, use_cache=False, output_hidden_states=True, **seen
             )
