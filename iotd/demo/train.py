@@ -92,7 +92,7 @@ STAGES = (
     ),
     Stage("questions", 1750, 12, 256, Pace((1, 5), (4, 8), frames=0.2, kinds=_HARDER), 0.1, sighted=False),
     Stage("whole", 1750, 4, 768, Pace(frames=0.15, kinds=_HARDER), 0.5, sighted=False),
-    Stage("settle", 4500, 4, 768, Pace(frames=0.15, kinds=_HARDER), 0.7),
+    Stage("settle", 4800, 4, 768, Pace(frames=0.15, kinds=_HARDER), 0.7),
 )
 CELLS_WORTH = 0.3
 """Of what the tower sees in a picture's parts, against 1 for a token of an answer."""
