@@ -51,6 +51,10 @@ class FakeState:
     def copy_into(self, other: "FakeState") -> None:
         other.trace[:] = self.trace
 
+    def lend_to(self, fork: "FakeState") -> None:
+        fork.capacity = self.capacity
+        self.copy_into(fork)
+
     @property
     def text(self) -> str:
         """What was read, with control tokens in angle brackets and `#` for each token of an image."""

@@ -8,6 +8,7 @@ from engine_driver import SYSTEM, DrivenEngine, Sink, frame, image, reading
 from fake_model import CONTROLS, FakeModel
 
 from iotd.config import AskConfig
+from iotd.engine.context import SLACK_TOKENS
 from iotd.engine.worker import MOST_OWED_S, READING_SHARE, URGENT_S
 from iotd.errors import (
     ContextOverflow,
@@ -84,8 +85,8 @@ def test_without_the_context_only_the_system_prompt_is_before_the_question() -> 
     engine.settle()
     assert sink.text == empty.answer()
     assert isinstance(sink.end, Done)
-    assert sink.end.usage.context_tokens == 0
-    assert sink.end.usage.prompt_tokens == N_OPENING + len("how?") + 1
+    assert sink.end.usage.context_tokens == N_OPENING
+    assert sink.end.usage.prompt_tokens == len("how?") + 1
 
 
 def test_thinking_changes_how_the_turn_closes() -> None:
@@ -140,7 +141,8 @@ def test_a_full_state_ends_with_length() -> None:
     sink, _ = engine.ask(max_tokens=10_000)
     engine.settle()
     assert reason(sink) is FinishReason.LENGTH
-    assert 100 < len(sink.text) < 128
+    n_prompt = engine.live.position + len("how?") + 1
+    assert len(sink.text) == 64 + SLACK_TOKENS + 64 - n_prompt + 1  # the last token is not read
 
 
 def test_a_question_that_does_not_fit_fails_before_anything_runs() -> None:

@@ -165,7 +165,7 @@ def test_the_state_never_grows() -> None:
         engine.settle()
     read = engine.status().counters["context_tokens_read"]
     assert read > 20_000
-    assert engine.model.n_states == states == 3
+    assert engine.model.n_states == states == 4
     assert engine.status().state_nbytes == nbytes
     assert sum(segment.n_tokens for segment in engine._context._history) < 256
 

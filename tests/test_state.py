@@ -74,6 +74,46 @@ def test_a_fork_never_changes_its_parent(model: Model, before: list[int], after:
     assert_same(kept, content(state))
 
 
+@settings(deadline=None, max_examples=20)
+@given(before=TOKENS, after=TOKENS, later=TOKENS)
+def test_a_lent_fork_goes_on_as_a_copy_does_and_leaves_its_parent_alone(
+    model: Model, before: list[int], after: list[int], later: list[int]
+) -> None:
+    state, fork = model.new_state(64), model.new_state(0)
+    model.prefill(state, before, logits=False)
+    alone, kept = state.copy(), content(state)
+    for _ in range(2):
+        state.lend_to(fork)
+        np.testing.assert_array_equal(model.prefill(alone.copy(), after), model.prefill(fork, after))
+        assert_same(kept, content(state))
+    saved = model.new_state(64)
+    fork.copy_into(saved)
+    expected = model.prefill(fork, later)
+    np.testing.assert_array_equal(model.prefill(alone, later), model.prefill(state, later))
+    assert_same(content(alone), content(state))
+    np.testing.assert_array_equal(expected, model.prefill(saved, later))
+
+
+def test_a_fork_whose_rows_were_taken_back_is_not_run(model: Model) -> None:
+    state, first, second = model.new_state(64), model.new_state(0), model.new_state(0)
+    for take_back in (lambda: state.lend_to(second), lambda: model.prefill(state, [7])):
+        state.lend_to(first)
+        model.prefill(first, [1, 2])
+        take_back()
+        with pytest.raises(StateMismatch, match="taken back"):
+            model.prefill(first, [3])
+
+
+def test_a_fork_takes_no_rows_of_its_own_and_none_before_it_is_lent_to(model: Model) -> None:
+    state, fork = model.new_state(64), model.new_state(0)
+    assert fork.nbytes == model.new_state(1000).nbytes - 1000 * (state.nbytes - fork.nbytes) // 64
+    with pytest.raises(ContextOverflow):
+        model.prefill(fork, [1])
+    state.lend_to(fork)
+    assert fork.capacity == 64
+    model.prefill(fork, [1] * 64)
+
+
 def test_a_parent_never_changes_its_fork(model: Model) -> None:
     """Even though the parent's buffers are bound to the graph and go on being used."""
     state = model.new_state(64)
@@ -173,8 +213,8 @@ def test_capacity_costs_the_cache_of_full_attention_only(model: Model) -> None:
 
 
 def test_a_state_without_room_is_refused(model: Model) -> None:
-    for capacity in (0, -1, model.spec.max_positions + 1):
-        with pytest.raises(InvalidInput, match=f"1 to {model.spec.max_positions} tokens, not {capacity}"):
+    for capacity in (-1, model.spec.max_positions + 1):
+        with pytest.raises(InvalidInput, match=f"0 to {model.spec.max_positions} tokens, not {capacity}"):
             model.new_state(capacity)
 
 

@@ -31,7 +31,7 @@ class Kit:
     context: Context
     backlog: Backlog
     fork: State
-    """The one state that answers run on; one answer at a time."""
+    """The one state that answers run on, in rows lent by the context; one answer at a time."""
     image_tokens: int
     """Most tokens that the images of one ask take together."""
     chunk_tokens: int
@@ -109,17 +109,22 @@ class Answer:
     def _prompt(self) -> list[Chunk]:
         """The whole prompt in chunks. Raises where something is missing or does not fit; nothing has run by then."""
         ask, kit = self._call.ask, self._kit
-        parts: list[Part] = [] if ask.use_context else [kit.context.opening]
+        parts: list[Part] = []
         if ask.camera is not None:
             parts.extend(self._camera(ask.camera))
         each = kit.image_tokens // max(len(ask.images), 1)
         images = [kit.lines.image(rgb, each) for rgb in ask.images]
         parts.extend(kit.lines.question(ask.question, images, thinking=ask.sampling.thinking))
-        position = kit.context.live.position if ask.use_context else 0
-        needed = count_tokens(parts)
-        if position + needed >= kit.fork.capacity:
-            raise ContextOverflow(needed, kit.fork.capacity - position - 1)
+        needed, available = count_tokens(parts), self._parent.available - 1
+        if needed > available:
+            raise ContextOverflow(needed, available)
         return list(chunks(parts, kit.chunk_tokens))
+
+    @property
+    def _parent(self) -> State:
+        """What the answer goes on from. Nothing else runs before the answer has ended, so that it can lend its rows."""
+        context = self._kit.context
+        return context.live if self._call.ask.use_context else context.blank
 
     def _camera(self, camera: str) -> tuple[Part, ...]:
         shot = self._kit.backlog.newest(camera)
@@ -129,10 +134,7 @@ class Answer:
 
     def _fork(self) -> None:
         with self._timed("prefill_s"):
-            if self._call.ask.use_context:
-                self._kit.context.live.copy_into(self._kit.fork)
-            else:
-                self._kit.fork.reset()
+            self._parent.lend_to(self._kit.fork)
         self._call.meter.context_tokens = self._kit.fork.position
 
     def _say(self, piece: str) -> None:

@@ -75,7 +75,8 @@ class Asks:
             if len(self._waiting) >= self._capacity:
                 self._counters.add("asks_rejected")
                 raise Overloaded(
-                    f"{len(self._waiting)} asks are waiting already", retry_after_s=round(fmean(self._recent_s), 3)
+                    f"{len(self._waiting)} asks are waiting already",
+                    retry_after_s=max(0.001, round(fmean(self._recent_s), 3)),
                 )
             ahead = sum(other.ask.deadline_s <= call.ask.deadline_s for other in self._waiting)
             self._waiting.append(call)

@@ -1,8 +1,9 @@
 """The warm context: one open user's turn that holds the newest history, between half a window and a window of it.
 
-It owns two states and the few events it may need again, and is worked one unit at a time. It knows no clock, no queue
-and no ask. Whatever `live` holds is whole: an event that takes more than one chunk is read into the spare state, which
-then takes `live`'s place, so that a fork never begins in the middle of a line.
+It owns two states, a third that has read the system prompt alone, and the few events it may need again, and is worked
+one unit at a time. It knows no clock, no queue and no ask. Whatever `live` holds is whole: an event that takes more
+than one chunk is read into the spare state, which then takes `live`'s place, so that a fork never begins in the middle
+of a line.
 """
 
 import logging
@@ -57,28 +58,32 @@ class Context:
         *,
         system: str,
         window: int,
+        reserve_tokens: int,
         chunk_tokens: int,
         counters: Counters,
     ) -> None:
+        """reserve_tokens: positions past the window, lent to a fork for its question and answer."""
         self._model = model
         self._lines = lines
         self._window = window
         self._chunk_tokens = chunk_tokens
         self._counters = counters
-        self.opening: Tokens = lines.opening(system)
-        if len(self.opening) > window // 4:
+        self._opening: Tokens = lines.opening(system)
+        n_opening = len(self._opening)
+        if n_opening > window // 4:
             raise ConfigError(
-                f"the system prompt takes {len(self.opening)} tokens, more than a quarter of the window of {window}",
+                f"the system prompt takes {n_opening} tokens, more than a quarter of the window of {window}",
                 field="context.system",
             )
-        self.live = model.new_state(window + SLACK_TOKENS)
-        self._spare = model.new_state(window + SLACK_TOKENS)
+        self.blank = model.new_state(n_opening + reserve_tokens)
+        """Has read the system prompt, once and for all."""
+        self.live = model.new_state(window + SLACK_TOKENS + reserve_tokens)
+        self._spare = model.new_state(window + SLACK_TOKENS + reserve_tokens)
         self._history: deque[Entry] = deque()
         self._history_tokens = 0
         self._day = ""
         self._job: _Job | None = None
         self.view = View()
-        self._rebuild([])
 
     @property
     def busy(self) -> bool:
@@ -87,12 +92,14 @@ class Context:
 
     @property
     def nbytes(self) -> int:
-        return self.live.nbytes + self._spare.nbytes
+        return self.blank.nbytes + self.live.nbytes + self._spare.nbytes
 
     def open(self) -> None:
         """Read the system prompt."""
-        while self.busy:
-            self.advance()
+        for chunk in chunks([self._opening], self._chunk_tokens):
+            feed(self._model, self.blank, chunk)
+        self.blank.copy_into(self.live)
+        self.view = View(self.live.position)
 
     def append(self, entries: list[Entry]) -> None:
         """Plan to read new events; `advance` does it. Must not be called while busy."""
@@ -113,6 +120,9 @@ class Context:
         """Read one chunk, or encode one image, of the job under way. Raises what the model raises."""
         job = self._job
         assert job is not None
+        if not job.chunks:  # a successor without events
+            self._commit(job)
+            return
         chunk = job.chunks[0]
         if isinstance(chunk, Rows) and chunk.image.embedding is None:
             encode(self._model, chunk.image)
@@ -153,9 +163,9 @@ class Context:
                 n_tokens += len(self._lines.date(day))
             kept.appendleft(entry)
         parts, last_day = self._dated(kept, "")
-        self._spare.reset()
+        self.blank.copy_into(self._spare)
         oldest_s = kept[0].time_s if kept else 0.0
-        run = deque(chunks([self.opening, *parts], self._chunk_tokens))
+        run = deque(chunks(parts, self._chunk_tokens))
         self._job = _Job(self._spare, run, new, oldest_s, last_day, rebuilds=True)
 
     def _dated(self, entries: Iterable[Entry], day: str) -> tuple[list[Part], str]:

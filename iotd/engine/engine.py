@@ -83,10 +83,11 @@ class Engine:
             lines,
             system=context.system,
             window=context.window,
+            reserve_tokens=ask.reserve_tokens,
             chunk_tokens=chunk_tokens,
             counters=self._counters,
         )
-        self._fork = model.new_state(context.window + ask.reserve_tokens)
+        self._fork = model.new_state(0)
         reader = Reader(self._backlog, lines, self._context, chunk_tokens, self._counters)
         kit = Kit(
             model=model,

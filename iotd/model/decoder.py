@@ -17,7 +17,7 @@ from iotd.model.embedding import EmbeddingTable
 from iotd.model.package import DECODER, TableEntry
 from iotd.model.session import open_session
 from iotd.model.spec import ModelSpec
-from iotd.model.state import State
+from iotd.model.state import Cache, State
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -39,7 +39,7 @@ class Decoder:
         self._last = np.zeros(1, np.int32)
         self._total = np.zeros(1, np.int32)
         self._logits = np.zeros((1, 1, spec.vocab_size), np.float32)
-        self._bindings: WeakKeyDictionary[State, ort.IOBinding] = WeakKeyDictionary()
+        self._bindings: WeakKeyDictionary[State, WeakKeyDictionary[Cache, ort.IOBinding]] = WeakKeyDictionary()
         self._cos, self._sin = rotary_tables(spec, 0)
 
     def prefill(self, state: State, token_ids: Sequence[int] | Ints, *, logits: bool = True) -> Floats | None:
@@ -107,11 +107,13 @@ class Decoder:
         self._session.run_with_iobinding(binding)
 
     def _binding(self, state: State) -> ort.IOBinding:
-        binding = self._bindings.get(state)
+        state.claim()
+        binding = self._bindings.get(state, {}).get(state.cache)
         if binding is None:
             if state.spec is not self.spec:  # two models of one shape have equal specs
                 raise StateMismatch("this state belongs to another model")
-            binding = self._bindings[state] = self._bind(state)
+            binding = self._bind(state)
+            self._bindings.setdefault(state, WeakKeyDictionary())[state.cache] = binding
         return binding
 
     def _bind(self, state: State) -> ort.IOBinding:

@@ -63,7 +63,7 @@ class Model:
         return self.spec.vision is not None
 
     def new_state(self, capacity: int = 2048) -> State:
-        """An empty state for up to `capacity` tokens, all of its memory allocated now."""
+        """An empty state for up to `capacity` tokens, all of its memory allocated now. Of 0: a fork, to be lent to."""
         return State(self.spec, capacity)
 
     @overload

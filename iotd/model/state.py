@@ -14,37 +14,54 @@ from iotd.model.spec import ModelSpec
 Floats = NDArray[np.float32]
 
 
+class Cache:
+    """Rows of keys and values, one for each position: written by the state that owns them, or by a fork it lends to."""
+
+    def __init__(self, spec: ModelSpec, capacity: int) -> None:
+        self.capacity = capacity
+        self.tensors = {name: _zeros(shape) for name, shape in spec.state_shapes(capacity).items() if _is_cache(name)}
+        self.borrower: State | None = None
+        """Who may write past the owner's position, until the owner itself reads on."""
+
+
 class State:
     """Everything a model remembers of what it has read. It belongs to the model whose `spec`, that very object, it has.
 
     `position` counts the tokens read; `rope_position` is the rotary position of the next one, which lags behind where
-    an image took fewer positions than tokens.
+    an image took fewer positions than tokens. A state of capacity 0 is a fork: it has no rows of its own, and works in
+    those of the state that lends to it.
     """
 
     def __init__(self, spec: ModelSpec, capacity: int) -> None:
         """Raises InvalidInput for a capacity that the model has no positions for."""
-        if not 1 <= capacity <= spec.max_positions:
+        if not 0 <= capacity <= spec.max_positions:
             raise InvalidInput(
-                f"a state's capacity is 1 to {spec.max_positions} tokens, not {capacity}", field="capacity"
+                f"a state's capacity is 0 to {spec.max_positions} tokens, not {capacity}", field="capacity"
             )
         self.spec = spec
-        self.capacity = capacity
         self.position = 0
         self.rope_position = 0
-        # Written, unlike np.zeros: all of it is resident from the start, and what cannot be had is missed now.
-        self._tensors: dict[str, Floats] = {
-            name: np.full(shape, 0, np.float32) for name, shape in spec.state_shapes(capacity).items()
-        }
+        self._recurrent = {name: _zeros(shape) for name, shape in spec.state_shapes(0).items() if not _is_cache(name)}
+        self._own = self._cache = Cache(spec, capacity)
 
     @property
     def tensors(self) -> Mapping[str, Floats]:
-        """The state's own buffers by name; their addresses never change."""
-        return self._tensors
+        """The buffers the decoder works in, by name; their addresses change only with `cache`."""
+        return {**self._recurrent, **self._cache.tensors}
+
+    @property
+    def cache(self) -> Cache:
+        """The rows it works in, its own or lent."""
+        return self._cache
+
+    @property
+    def capacity(self) -> int:
+        return self._cache.capacity
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, all of them from the start."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        """Bytes allocated, all of them from the start; lent rows are the lender's."""
+        return sum(tensor.nbytes for tensor in (*self._recurrent.values(), *self._own.tensors.values()))
 
     @property
     def available(self) -> int:
@@ -53,9 +70,9 @@ class State:
 
     def reset(self) -> None:
         """Forget everything. Rows of the key/value cache past `position` are never read, so they need no clearing."""
-        for name, tensor in self._tensors.items():
-            if not _is_cache(name):
-                tensor.fill(0)
+        for tensor in self._recurrent.values():
+            tensor.fill(0)
+        self._cache = self._own
         self.position = 0
         self.rope_position = 0
 
@@ -70,21 +87,47 @@ class State:
 
         Raises StateMismatch where `other` is of another model or too small for what this state holds.
         """
-        if other.spec is not self.spec:  # two models of one shape have equal specs
-            raise StateMismatch("the two states belong to different models")
-        if other.capacity < self.position:
+        self._check_kin(other)
+        if other._own.capacity < self.position:
             raise StateMismatch(
-                f"a state of capacity {other.capacity} cannot take the {self.position} tokens of this one"
+                f"a state of capacity {other._own.capacity} cannot take the {self.position} tokens of this one"
             )
-        used = self.position
-        for name, tensor in self._tensors.items():
-            target = other._tensors[name]
-            if _is_cache(name):
-                target[:, :, :used] = tensor[:, :, :used]
-            else:
-                target[...] = tensor
+        other._cache = other._own
+        for name, tensor in self._cache.tensors.items():
+            other._cache.tensors[name][:, :, : self.position] = tensor[:, :, : self.position]
+        self._continue_in(other)
+
+    def lend_to(self, fork: "State") -> None:
+        """Make `fork` continue from here without a copy of the rows: it reads these, and writes past `position`.
+
+        That ends when this state reads on, or lends again: it takes the rows back, and the fork must not be run any
+        more. `copy_into` saves what it holds before that. Raises StateMismatch where the fork is of another model.
+        """
+        self._check_kin(fork)
+        fork._cache, self._cache.borrower = self._cache, fork
+        self._continue_in(fork)
+
+    def claim(self) -> None:
+        """Called before each run. Raises StateMismatch where the rows that were lent have been taken back."""
+        if self._cache is self._own:
+            self._own.borrower = None
+        elif self._cache.borrower is not self:
+            raise StateMismatch("the rows this fork works in were taken back by their owner")
+
+    def _continue_in(self, other: "State") -> None:
+        for name, tensor in self._recurrent.items():
+            other._recurrent[name][...] = tensor
         other.position = self.position
         other.rope_position = self.rope_position
+
+    def _check_kin(self, other: "State") -> None:
+        if other.spec is not self.spec:  # two models of one shape have equal specs
+            raise StateMismatch("the two states belong to different models")
+
+
+def _zeros(shape: tuple[int, ...]) -> Floats:
+    # Written, unlike np.zeros: all of it is resident from the start, and what cannot be had is missed now.
+    return np.full(shape, 0, np.float32)
 
 
 def _is_cache(name: str) -> bool:
