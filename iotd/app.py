@@ -12,20 +12,21 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
 from iotd import __version__
 from iotd.config import Config
-from iotd.engine import Engine
+from iotd.engine import Engine, Snapshot
 from iotd.errors import ConfigError, IotdError
 from iotd.events import EngineStatus, ServerStatus
 from iotd.ingest import decode_image
 from iotd.model import Model
 from iotd.mqtt import Link
 from iotd.mqtt.probe import probe
-from iotd.ops import board, logs, preflight
+from iotd.ops import board, logs, preflight, snapshots
 from iotd.ops.systemd import Notifier
 from iotd.rpc import Server
 from iotd.rpc.listen import check as check_listen
@@ -94,6 +95,7 @@ class Daemon:
         self._stopping = False
         self._stalled = False
         self._line = ""
+        self._saved_s = 0.0
         self.loading = False
         """The loading thread still runs."""
 
@@ -127,11 +129,11 @@ class Daemon:
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             loop.add_signal_handler(number, self._on_signal, number)
 
     def _on_signal(self, number: signal.Signals) -> None:
-        if number is not signal.SIGHUP:
+        if number not in (signal.SIGHUP, signal.SIGUSR1):
             if self._stopping:
                 log.warning("%s again: leaving at once", number.name)
                 logging.shutdown()
@@ -156,6 +158,8 @@ class Daemon:
     def _load(self, loop: asyncio.AbstractEventLoop, result: "asyncio.Future[Engine]") -> None:
         try:
             engine = open_engine(self._config)
+            if self._config.snapshot.path:
+                engine.restore(functools.partial(snapshots.load, Path(self._config.snapshot.path)))
             engine.start()
         except BaseException as e:  # noqa: BLE001 - the edge of a thread: whoever waits for the result raises it again
             outcome = functools.partial(result.set_exception, e)
@@ -204,10 +208,23 @@ class Daemon:
 
     async def _serve(self, engine: Engine) -> None:
         tick_s = min(TICK_S, self._notifier.watchdog_s / 4) if self._notifier.watchdog_s else TICK_S
+        self._saved_s = time.monotonic()
         while not self._stopping:
-            if await self._next_signal(tick_s) is signal.SIGHUP:
+            number = await self._next_signal(tick_s)
+            if number is signal.SIGHUP:
                 self._reload()
+            if number is signal.SIGUSR1 or time.monotonic() - self._saved_s >= self._config.snapshot.interval_s:
+                self._save(engine)
             self._tick(engine)
+
+    def _save(self, engine: Engine) -> None:
+        self._saved_s = time.monotonic()
+        if (write := self._write()) is not None:
+            engine.save(write)
+
+    def _write(self) -> Callable[[Snapshot], None] | None:
+        path = self._config.snapshot.path
+        return functools.partial(snapshots.save, Path(path)) if path else None
 
     def _tick(self, engine: Engine) -> None:
         """Feed the watchdog and say what goes on; health follows the engine's progress."""
@@ -264,7 +281,7 @@ class Daemon:
         log.info("stopping")
         self._server.set_serving(False)
         if self._engine is not None:
-            await asyncio.to_thread(self._engine.stop, DRAIN_S)
+            await asyncio.to_thread(self._engine.stop, DRAIN_S, self._write())
         if self._link is not None:
             await asyncio.to_thread(self._link.stop)
         await self._server.stop(GRACE_S)

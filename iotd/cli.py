@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
@@ -88,10 +89,11 @@ def version() -> None:
 def serve(config: Path | None) -> int:
     """Run the daemon: read sensors and cameras over MQTT, answer over gRPC.
 
-    SIGTERM drains and stops, SIGHUP reloads the configuration.
+    SIGTERM drains and stops, SIGHUP reloads the configuration, SIGUSR1 saves the context.
     """
-    # Until the daemon listens for it: a reload that comes this early has nothing to reload, and must not end it.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Until the daemon listens for them: one that comes this early has nothing to act on, and must not end it.
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     from iotd import app
 
     return app.serve(lambda: _load(config))
@@ -120,6 +122,46 @@ def check(config: Path | None, as_json: bool) -> int:
         for finding in findings:
             click.echo(_line(finding))
     return 0 if all(f.ok for f in findings) else 1
+
+
+@commands.group()
+def state() -> None:
+    """The saved context, from which a restart goes on."""
+
+
+@state.command()
+@CONFIG
+@JSON
+def show(config: Path | None, as_json: bool) -> None:
+    """Say what the snapshot holds that the configuration names."""
+    from iotd.ops import snapshots
+
+    path = _snapshot(config)
+    found = snapshots.describe(path)
+    if as_json:
+        click.echo(json.dumps({"path": str(path)} | (_plain(found) if found else {})))
+    elif found is None:
+        click.echo(f"{path}: no snapshot; the next start begins empty")
+    else:
+        click.echo(f"{path}: {found.nbytes / 1e6:.1f} MB, saved {_moment(found.saved_s)}")
+        click.echo(f"context: {found.tokens} of {found.window} tokens, model {found.model[:12]}")
+        if found.events:
+            spans = f"from {_moment(found.oldest_s)} to {_moment(found.newest_s)}"
+            click.echo(f"events: {spans}; {found.events} kept for the next successor")
+
+
+@state.command()
+@CONFIG
+def clear(config: Path | None) -> None:
+    """Remove the snapshot: the next start begins empty. A daemon that runs saves again when it stops."""
+    from iotd.ops import snapshots
+
+    path = _snapshot(config)
+    try:
+        removed = snapshots.clear(path)
+    except OSError as e:
+        raise InvalidInput(f"{path} cannot be removed: {e.strerror}", field="snapshot.path") from e
+    click.echo(f"{path}: {'removed' if removed else 'there was none'}")
 
 
 @commands.command()
@@ -428,6 +470,17 @@ def _load(path: Path | None) -> "Config":
     if path is None and DEFAULT_CONFIG.exists():
         path = DEFAULT_CONFIG
     return config.load(path, os.environ)
+
+
+def _snapshot(config: Path | None) -> Path:
+    path = _load(config).snapshot.path
+    if not path:
+        raise InvalidInput("snapshot.path is empty: this configuration saves no context", field="snapshot.path")
+    return Path(path)
+
+
+def _moment(time_s: float) -> str:
+    return datetime.fromtimestamp(time_s).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _plain(data: Any) -> dict[str, object]:

@@ -118,6 +118,13 @@ class GrpcConfig(_Section, frozen=True):
     max_message_bytes: Bytes = 16 * 1024 * 1024
 
 
+class SnapshotConfig(_Section, frozen=True):
+    path: str = "/var/lib/iotd/context.snapshot"
+    """File the context is saved to, so that a restart is warm; empty saves nothing."""
+    interval_s: Annotated[float, msgspec.Meta(ge=10, le=86_400)] = 900.0
+    """Saved at most so often while running, besides on a stop and on SIGUSR1: some 60 MB each time, and cards wear."""
+
+
 class LogConfig(_Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["plain", "json"] = "plain"
@@ -131,6 +138,7 @@ class Config(_Section, frozen=True):
     ask: AskConfig = AskConfig()
     mqtt: MqttConfig = MqttConfig()
     grpc: GrpcConfig = GrpcConfig()
+    snapshot: SnapshotConfig = SnapshotConfig()
     log: LogConfig = LogConfig()
 
 

@@ -71,6 +71,13 @@ class StateMismatch(IotdError):
     reason = "STATE_MISMATCH"
 
 
+class SnapshotError(IotdError):
+    """A saved context that cannot be read, or is of another model or another configuration. It is never half used."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "BAD_SNAPSHOT"
+
+
 class Overloaded(IotdError):
     """The queue is full, or no answer is possible inside the budget. Try again after `retry_after_s` seconds."""
 

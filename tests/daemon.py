@@ -98,5 +98,5 @@ def serving(folder: Path, config: dict[str, Any], env: dict[str, str] | None = N
 def write_config(folder: Path, config: dict[str, Any]) -> Path:
     """JSON is YAML."""
     path = folder / "iotd.yaml"
-    path.write_text(json.dumps({"grpc": {"listen": "127.0.0.1:0"}} | config))
+    path.write_text(json.dumps({"grpc": {"listen": "127.0.0.1:0"}, "snapshot": {"path": ""}} | config))
     return path

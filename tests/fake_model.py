@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iotd.errors import ContextOverflow
+from iotd.errors import ContextOverflow, StateMismatch
 from iotd.events import RGB, Sampling
 from iotd.model.chat import ChatTemplate, ImagePieces, Turn
 from iotd.model.generation import Generation
@@ -42,6 +42,10 @@ class FakeState:
         return len(self.trace)
 
     @property
+    def rope_position(self) -> int:
+        return len(self.trace)
+
+    @property
     def available(self) -> int:
         return self.capacity - self.position
 
@@ -50,6 +54,14 @@ class FakeState:
 
     def copy_into(self, other: "FakeState") -> None:
         other.trace[:] = self.trace
+
+    def arrays(self) -> dict[str, Any]:
+        return {"trace": np.array(self.trace, object)}
+
+    def load(self, arrays: dict[str, Any], position: int, rope_position: int) -> None:
+        if len(arrays["trace"]) != position:
+            raise StateMismatch("another trace")
+        self.trace[:] = arrays["trace"]
 
     def lend_to(self, fork: "FakeState") -> None:
         fork.capacity = self.capacity
@@ -105,7 +117,7 @@ CHAT = ChatTemplate(
 class FakeModel:
     """`eos_every`: about one in so many tokens ends the turn; 0 never ends it."""
 
-    name = "fake"
+    name = fingerprint = "fake"
 
     def __init__(self, on_run: Run | None = None, eos_every: int = 0, vision: bool = True) -> None:
         self.on_run = on_run or FakeModel.silent

@@ -195,6 +195,29 @@ def test_check_takes_a_server_that_is_no_broker_for_a_problem(tmp_path: Path, se
     assert (broker["name"], broker["ok"]) == ("broker", False)
 
 
+def test_the_saved_context_is_shown_and_cleared(tmp_path: Path, settings: dict[str, Any]) -> None:
+    path = tmp_path / "context.snapshot"
+    config = str(write_config(tmp_path, settings | {"snapshot": {"path": str(path)}}))
+    assert "no snapshot" in iotd("state", "show", "-c", config).stdout
+    with serving(tmp_path, settings | {"snapshot": {"path": str(path)}}) as process:
+        process.wait_ready().stop()
+    assert "of 256 tokens" in iotd("state", "show", "-c", config).stdout
+    assert json.loads(iotd("state", "show", "-c", config, "--json").stdout)["window"] == 256
+    path.write_bytes(path.read_bytes()[:-100])
+    shown = iotd("state", "show", "-c", config)
+    assert (shown.returncode, len(shown.stderr.splitlines())) == (1, 1)
+    assert "cannot be read" in shown.stderr
+    assert "removed" in iotd("state", "clear", "-c", config).stdout
+    assert "none" in iotd("state", "clear", "-c", config).stdout
+
+
+def test_a_configuration_that_saves_nothing_has_no_state_to_show(tmp_path: Path, settings: dict[str, Any]) -> None:
+    config = str(write_config(tmp_path, settings | {"snapshot": {"path": ""}}))
+    shown = iotd("state", "show", "-c", config)
+    assert shown.returncode != 0
+    assert "snapshot.path is empty" in shown.stderr
+
+
 def test_check_of_a_file_that_is_not_there_says_so(tmp_path: Path) -> None:
     result = iotd("check", "-c", str(tmp_path / "absent.yaml"))
     assert result.returncode == 1

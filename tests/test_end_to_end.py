@@ -52,6 +52,12 @@ def settings(tiny_package: Path, broker: Mosquitto) -> dict[str, Any]:
 
 
 @pytest.fixture
+def saving(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The settings of a daemon that saves its context."""
+    return settings | {"snapshot": {"path": str(tmp_path / "context.snapshot")}}
+
+
+@pytest.fixture
 def daemon(tmp_path: Path, settings: dict[str, Any]) -> Iterator[ServeProcess]:
     with serving(tmp_path, settings) as process:
         yield process.wait_ready()
@@ -154,6 +160,25 @@ def test_a_killed_broker_does_not_touch_an_answer_and_reading_resumes(broker: Mo
     assert after.link.reconnects >= 1
 
 
+def test_a_restart_goes_on_from_the_context_that_was(tmp_path: Path, broker: Mosquitto, saving: dict[str, Any]) -> None:
+    """After a stop, and after a kill behind a save: what was read is there before anything new arrives."""
+    with serving(tmp_path, saving) as first, Client(first.wait_ready().target) as client:
+        wait_status(client, connected)
+        publish(broker, rate_hz=20, frame_hz=2, duration_s=2)
+        read = wait_status(client, lambda s: s.engine.context_tokens > 200 and s.engine.backlog == 0)
+        assert first.stop() == 0
+    with serving(tmp_path, saving) as second, Client(second.wait_ready().target) as client:
+        restored = client.status().engine
+        assert restored.counters["snapshots_restored"] == 1
+        assert (restored.newest_event_s, restored.oldest_event_s) >= (read.engine.newest_event_s, 1)
+        second.send(signal.SIGUSR1)
+        saved = second.wait_log("context saved")
+        second.kill()
+    with serving(tmp_path, saving) as third:
+        assert third.wait_log("context restored")["tokens"] == saved["tokens"]
+        assert third.wait_ready().stop() == 0
+
+
 def test_a_clean_stop_leaves_offline_behind(broker: Mosquitto, daemon: ServeProcess) -> None:
     watcher = Watcher(broker, f"iotd/{NODE}/availability")
     watcher.wait_for("online")
@@ -178,7 +203,9 @@ def test_sighup_applies_new_subscriptions(
 ) -> None:
     wait_status(client, connected)
     settings["mqtt"]["subscriptions"] = [{"topic": "yard/+", "label": "{1}"}]
-    (tmp_path / "iotd.yaml").write_text(json.dumps({"grpc": {"listen": "127.0.0.1:0"}} | settings))
+    (tmp_path / "iotd.yaml").write_text(
+        json.dumps({"grpc": {"listen": "127.0.0.1:0"}, "snapshot": {"path": ""}} | settings)
+    )
     daemon.send(signal.SIGHUP)
     assert "restart" not in daemon.wait_log("reloaded")["message"]
     with Publisher(broker.host, broker.port) as publisher:

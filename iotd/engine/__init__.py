@@ -2,5 +2,6 @@
 
 from iotd.engine.call import Sink, Ticket
 from iotd.engine.engine import Engine
+from iotd.engine.snapshot import Snapshot
 
-__all__ = ["Engine", "Sink", "Ticket"]
+__all__ = ["Engine", "Sink", "Snapshot", "Ticket"]

@@ -15,7 +15,18 @@ from iotd.counters import Counters
 from iotd.engine.entry import Chunk, Entry, Part, Rows, Tokens, chunks, count_tokens
 from iotd.engine.feed import encode, feed
 from iotd.engine.lines import Lines
-from iotd.errors import ConfigError
+from iotd.engine.snapshot import (
+    FORMAT,
+    Arrays,
+    Header,
+    Key,
+    Snapshot,
+    pack_entries,
+    pack_state,
+    unpack_entries,
+    unpack_state,
+)
+from iotd.errors import ConfigError, SnapshotError, StateMismatch
 from iotd.model import Model
 from iotd.model.state import State
 
@@ -66,6 +77,7 @@ class Context:
         self._model = model
         self._lines = lines
         self._window = window
+        self._key = Key(model.fingerprint, window, system)
         self._chunk_tokens = chunk_tokens
         self._counters = counters
         self._opening: Tokens = lines.opening(system)
@@ -83,6 +95,8 @@ class Context:
         self._history_tokens = 0
         self._day = ""
         self._job: _Job | None = None
+        self.frozen = False
+        """The spare state holds a copy that is being saved: nothing can be read until `thaw`."""
         self.view = View()
 
     @property
@@ -100,6 +114,37 @@ class Context:
             feed(self._model, self.blank, chunk)
         self.blank.copy_into(self.live)
         self.view = View(self.live.position)
+
+    def capture(self) -> Snapshot:
+        """What `live` holds, as views of it: to be used up before anything more is read."""
+        return self._captured(self.live)
+
+    def freeze(self) -> Snapshot:
+        """The same, as views of a copy in the spare state, which is kept for it until `thaw`. Not while busy."""
+        assert not self.busy
+        self.live.copy_into(self._spare)
+        self.frozen = True
+        return self._captured(self._spare)
+
+    def thaw(self) -> None:
+        self.frozen = False
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue from a snapshot, in place of `open`. Raises SnapshotError, and has read nothing then."""
+        header = snapshot.header
+        if (reason := self._foreign(header)) is not None:
+            raise SnapshotError(reason)
+        entries = unpack_entries(header.entries, snapshot.arrays)
+        try:
+            unpack_state("blank", header.blank, snapshot.arrays, self.blank)
+            unpack_state("live", header.live, snapshot.arrays, self.live)
+        except StateMismatch as error:
+            self.blank.reset()
+            self.live.reset()
+            raise SnapshotError(f"the snapshot does not hold what it says: {error}") from error
+        self._day = header.day
+        self._remember(entries)
+        self._look(header.oldest_s)
 
     def append(self, entries: list[Entry]) -> None:
         """Plan to read new events; `advance` does it. Must not be called while busy."""
@@ -186,8 +231,33 @@ class Context:
         self._job = None
         self._day = job.day
         self._remember(job.new)
+        self._look(job.oldest_s)
+
+    def _look(self, oldest_s: float) -> None:
         newest_s = self._history[-1].time_s if self._history else 0.0
-        self.view = View(self.live.position, job.oldest_s, newest_s)
+        self.view = View(self.live.position, oldest_s, newest_s)
+
+    def _captured(self, state: State) -> Snapshot:
+        arrays: Arrays = {}
+        header = Header(
+            format=FORMAT,
+            key=self._key,
+            blank=pack_state("blank", self.blank, arrays),
+            live=pack_state("live", state, arrays),
+            oldest_s=self.view.oldest_s,
+            day=self._day,
+            entries=pack_entries(self._history, arrays),
+        )
+        return Snapshot(header, arrays)
+
+    def _foreign(self, header: Header) -> str | None:
+        """Why a snapshot cannot be restored here, or None."""
+        if header.format != FORMAT:
+            return f"it has format {header.format}, and this version reads {FORMAT}"
+        for name, what in (("model", "model package"), ("window", "context.window"), ("system", "context.system")):
+            if getattr(header.key, name) != getattr(self._key, name):
+                return f"it was made with another {what}"
+        return None
 
     def _remember(self, new: list[Entry]) -> None:
         """Keep what the next successor may be built from, and no more."""

@@ -18,8 +18,10 @@ from iotd.engine.call import Call, Sink, Ticket
 from iotd.engine.context import Context
 from iotd.engine.lines import Lines
 from iotd.engine.reader import Reader
+from iotd.engine.saver import Saver, Write
+from iotd.engine.snapshot import Snapshot
 from iotd.engine.worker import Worker
-from iotd.errors import InvalidInput, NotFound
+from iotd.errors import InvalidInput, NotFound, SnapshotError
 from iotd.events import MAX_CAMERAS, Accepted, Ask, EngineStatus, Frame, Observation
 from iotd.model import Model
 
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 """An idle engine shows that it lives this often."""
+SAVE_S = 30.0
+"""How long a stop waits for a save under way."""
 JOIN_S = 30.0
 """How long a stop waits for the unit of work in hand."""
 COUNTS = (
@@ -54,6 +58,10 @@ COUNTS = (
     "readings",
     "readings_read",
     "refused_frames",
+    "snapshots_failed",
+    "snapshots_refused",
+    "snapshots_restored",
+    "snapshots_saved",
 )
 """Everything the engine counts."""
 
@@ -100,8 +108,10 @@ class Engine:
             clock=clock,
             counters=self._counters,
         )
-        self._worker = Worker(self._asks, reader, kit)
         self._work = threading.Event()
+        self._saver = Saver(self._context, self._counters, self._work.set)
+        self._worker = Worker(self._asks, reader, self._saver, kit)
+        self._restored = False
         self._alarm = threading.Event()
         self._opened = threading.Event()
         self._stopping = threading.Event()
@@ -112,6 +122,27 @@ class Engine:
             threading.Thread(target=self._watch_deadlines, name="iotd-deadlines", daemon=True),
         ]
 
+    def restore(self, snapshot: Callable[[], Snapshot | None]) -> None:
+        """Before `start`: go on from a snapshot, if there is one. One that cannot be used is counted."""
+        try:
+            found = snapshot()
+            if found is None:
+                return
+            self._context.restore(found)
+        except SnapshotError as error:
+            self._counters.add("snapshots_refused")
+            log.warning("the context begins empty, as its snapshot cannot be used: %s", error)
+        else:
+            self._counters.add("snapshots_restored")
+            self._restored = True
+            view = self._context.view
+            log.info("context restored", extra={"tokens": view.n_tokens, "age_s": round(time.time() - view.newest_s)})
+
+    def save(self, write: Write) -> None:
+        """Save the context soon, from any thread. Reading waits while it is written, asks do not."""
+        self._saver.ask(write)
+        self._work.set()
+
     def start(self) -> None:
         """Start, read the system prompt, and return when asks are accepted. Raises what reading it raised."""
         for thread in self._threads:
@@ -120,8 +151,8 @@ class Engine:
         if self._failure is not None:
             raise self._failure
 
-    def stop(self, drain_s: float = 5.0) -> None:
-        """Refuse new asks, finish the others within `drain_s` seconds, fail the rest as Unavailable, end."""
+    def stop(self, drain_s: float = 5.0, write: Write | None = None) -> None:
+        """Refuse new asks, finish the others within `drain_s` seconds, fail the rest as Unavailable, save, end."""
         self._asks.drain()
         if not self._asks.wait_idle(drain_s if self._opened.is_set() else 0):
             log.warning("stopping with %d asks unanswered", self._asks.depth)
@@ -133,6 +164,8 @@ class Engine:
                 thread.join(JOIN_S)
                 if thread.is_alive():
                     log.error("the thread %s is still inside a unit of work and is left behind", thread.name)
+                    write = None
+        self._saver.finish(write, SAVE_S)
 
     def observe(self, observation: Observation) -> None:
         """Take in a reading or a frame, from any thread. Never blocks; what has no room is dropped and counted."""
@@ -198,7 +231,8 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            self._context.open()
+            if not self._restored:
+                self._context.open()
         except BaseException as failure:  # noqa: BLE001 - handed to the thread that called start()
             self._failure = failure
             self._stopping.set()

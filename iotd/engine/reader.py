@@ -30,8 +30,8 @@ class Reader:
 
     @property
     def idle(self) -> bool:
-        """Everything that arrived has been read."""
-        return not (self._context.busy or self._next or len(self._backlog))
+        """Everything that arrived has been read, or nothing can be read now."""
+        return self._context.frozen or not (self._context.busy or self._next or len(self._backlog))
 
     def advance(self) -> None:
         """Run one unit of work, if there is any. A defect costs the events it met, and nothing else."""

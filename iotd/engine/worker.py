@@ -10,6 +10,7 @@ from iotd.engine.answer import Answer, Kit
 from iotd.engine.asks import Asks
 from iotd.engine.call import Call
 from iotd.engine.reader import Reader
+from iotd.engine.saver import Saver
 from iotd.errors import Internal, IotdError
 from iotd.events import Done, Failed, FinishReason
 
@@ -30,9 +31,10 @@ class Worker:
     Between two asks comes some reading, in whole units, so that a flood of asks cannot make the context stale.
     """
 
-    def __init__(self, asks: Asks, reader: Reader, kit: Kit) -> None:
+    def __init__(self, asks: Asks, reader: Reader, saver: Saver, kit: Kit) -> None:
         self._asks = asks
         self._reader = reader
+        self._saver = saver
         self._kit = kit
         self._running: tuple[Call, Answer] | None = None
         self._owed_s = 0.0
@@ -48,6 +50,7 @@ class Worker:
         if self._running is not None:
             self._answer(*self._running)
             return True
+        self._saver.turn()
         if self._reader.idle:
             self._owed_s = 0.0
             return False

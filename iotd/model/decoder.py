@@ -108,7 +108,8 @@ class Decoder:
 
     def _binding(self, state: State) -> ort.IOBinding:
         state.claim()
-        binding = self._bindings.get(state, {}).get(state.cache)
+        bindings = self._bindings.get(state)
+        binding = None if bindings is None else bindings.get(state.cache)
         if binding is None:
             if state.spec is not self.spec:  # two models of one shape have equal specs
                 raise StateMismatch("this state belongs to another model")

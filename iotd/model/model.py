@@ -55,6 +55,11 @@ class Model:
         return f"{self.manifest.name} {self.manifest.recipe.name}"
 
     @property
+    def fingerprint(self) -> str:
+        """Of all that a state depends on: weights, graphs, tokenizer and chat template."""
+        return self.manifest.fingerprint
+
+    @property
     def spec(self) -> ModelSpec:
         return self.manifest.spec
 

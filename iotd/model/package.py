@@ -66,6 +66,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     embedding: TableEntry
     files: dict[str, FileEntry]
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, hexadecimal: the same for packages that compute the same, whatever they are called."""
+        return hashlib.sha256(msgspec.json.encode((self.format, self.spec, self.embedding, self.files))).hexdigest()
+
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, readable by a person."""

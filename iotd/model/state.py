@@ -107,6 +107,30 @@ class State:
         fork._cache, self._cache.borrower = self._cache, fork
         self._continue_in(fork)
 
+    def arrays(self) -> dict[str, Floats]:
+        """What it holds, by name: views of its buffers, of the key/value cache only the part in use."""
+        used = {name: tensor[:, :, : self.position] for name, tensor in self._cache.tensors.items()}
+        return {**self._recurrent, **used}
+
+    def load(self, arrays: Mapping[str, Floats], position: int, rope_position: int) -> None:
+        """Continue from what `arrays` gave of another state of this model, in this or another process.
+
+        Raises StateMismatch, and changes nothing, where names, shapes or types are not those of `position` tokens.
+        """
+        if not 0 <= position <= self._own.capacity:
+            raise StateMismatch(f"a state of capacity {self._own.capacity} cannot take {position} tokens")
+        wanted = self.spec.state_shapes(position)
+        for name, shape in wanted.items():
+            found = arrays.get(name)
+            if found is None or found.shape != shape or found.dtype != np.float32:
+                raise StateMismatch(f"{name} is not float32 {list(shape)}: it is of another model")
+        self._cache = self._own
+        self._own.borrower = None
+        for name in wanted:
+            target = self._own.tensors[name][:, :, :position] if _is_cache(name) else self._recurrent[name]
+            target[...] = arrays[name]
+        self.position, self.rope_position = position, rope_position
+
     def claim(self) -> None:
         """Called before each run. Raises StateMismatch where the rows that were lent have been taken back."""
         if self._cache is self._own:

@@ -4,6 +4,7 @@ What the daemon itself would do with the model, the address and the broker is ha
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,11 @@ class Finding:
 
 
 def inspect(config: Config, threads: int, *, model: Open, listen: Listen, broker: Try) -> Iterator[Finding]:
-    """Look at the model, the memory, the address and the broker, in this order."""
+    """Look at the model, the memory, the address, the snapshot's place and the broker, in this order."""
     yield from _model(config, threads, model)
     yield _grpc(config.grpc, listen)
+    if config.snapshot.path:
+        yield _snapshot(Path(config.snapshot.path))
     if config.mqtt.host:
         yield _broker(config.mqtt, broker)
     else:
@@ -81,14 +84,13 @@ def _model(config: Config, threads: int, open_model: Open) -> Iterator[Finding]:
 
 
 def _memory(config: Config, manifest: package.Manifest, weights: int) -> Finding:
-    """Two context states, and the fork of the ask that runs."""
-    window = config.context.window
-    capacities = (window, window, window + config.ask.reserve_tokens)
+    """Two context states, one of the system prompt alone, and the fork of the ask that runs, which has no rows."""
+    reserve = config.ask.reserve_tokens
+    most = config.context.window + reserve
+    capacities = (most, most, reserve, 0)
     shapes = [shape for capacity in capacities for shape in manifest.spec.state_shapes(capacity).values()]
     states = 4 * sum(math.prod(shape) for shape in shapes)
-    text = (
-        f"three states of up to {capacities[-1]} positions take {_mb(states)}, with the weights {_mb(states + weights)}"
-    )
+    text = f"four states of up to {most} positions take {_mb(states)}, with the weights {_mb(states + weights)}"
     available = board.available_nbytes()
     if available is not None and states + weights + SPARE_NBYTES > available:
         return Finding("memory", False, f"{text}; only {_mb(available)} are free", "set a smaller context.window")
@@ -102,6 +104,17 @@ def _grpc(grpc: GrpcConfig, listen: Listen) -> Finding:
         return Finding("grpc", False, str(e), "stop what uses the address, or correct the keys of grpc")
     tls = "mutual TLS" if grpc.tls_client_ca_file else "TLS" if grpc.tls_cert_file else "no TLS"
     return Finding("grpc", True, f"{grpc.listen} is free, {tls}")
+
+
+def _snapshot(path: Path) -> Finding:
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        # No reason not to start: everything else works.
+        text = f"the context is not saved, as this user cannot write to {folder}: snapshot.path may name another file"
+        return Finding("snapshot", True, text)
+    return Finding("snapshot", True, f"the context is saved to {path}")
 
 
 def _broker(mqtt: MqttConfig, connect: Try) -> Finding:
