@@ -49,7 +49,9 @@ class ContextConfig(_Section, frozen=True):
     """Tokens of history the context holds at most; it keeps at least half of them."""
     system: str = DEFAULT_SYSTEM
     chunk_tokens: Count = 32
-    """Tokens of the stream read at once: an ask waits for one such chunk at most."""
+    """Tokens of the stream read at once, at most; lines that wait together are gathered up to it."""
+    chunk_s: Annotated[float, msgspec.Meta(gt=0, le=60)] = 0.05
+    """How long one such run may take, as an ask waits for it. Fewer tokens are read at once where it takes more."""
     backlog: Count = 256
     """Readings waiting to be read; the oldest is dropped, and counted, when one more arrives."""
 

@@ -33,10 +33,34 @@ def test_events_leave_in_the_order_they_came() -> None:
 def test_one_reading_too_many_drops_the_oldest_and_counts_it() -> None:
     line, counters = backlog(capacity=4)
     for n in range(10):
-        line.put(reading(n))
+        line.put(reading(n, source=f"s{n}"))
     assert drain(line) == ["on6", "on7", "on8", "on9"]
     assert counters.snapshot()["readings"] == 10
     assert counters.snapshot()["dropped_readings"] == 6
+
+
+def test_once_it_is_half_full_a_sensors_newer_reading_takes_the_place_of_the_one_that_waits() -> None:
+    line, counters = backlog(capacity=6)
+    for n in range(3):
+        line.put(reading(n, source="door"))
+    line.put(reading(3, source="hall"))
+    line.put(reading(4, source="door"))
+    line.put(reading(5, source="hall"))
+    assert drain(line) == ["on0", "on1", "on4", "on5"]
+    counted = counters.snapshot()
+    assert (counted["coalesced_readings"], counted["dropped_readings"]) == (2, 0)
+    assert line.take_skipped() == 2
+    assert line.take_skipped() == 0
+
+
+def test_a_flood_of_one_sensor_leaves_room_for_all_others() -> None:
+    line, counters = backlog(capacity=8)
+    for n in range(100):
+        line.put(reading(n, source="flood"))
+    for n in range(4):
+        line.put(reading(n, source=f"quiet{n}"))
+    assert drain(line)[-5:] == ["on99", "on0", "on1", "on2", "on3"]
+    assert counters.snapshot()["dropped_readings"] == 0
 
 
 def test_a_newer_frame_takes_the_place_of_the_one_that_waits() -> None:
@@ -52,7 +76,7 @@ def test_dropped_readings_never_take_a_frame_with_them() -> None:
     line, _ = backlog(capacity=2)
     line.put(Frame("door", image(), 1))
     for n in range(9):
-        line.put(reading(n))
+        line.put(reading(n, source=f"s{n}"))
     assert drain(line) == ["door@1", "on7", "on8"]
 
 
@@ -75,7 +99,7 @@ def test_the_camera_silent_for_longest_is_forgotten() -> None:
     assert counters.snapshot()["dropped_frames"] == 2
 
 
-@given(st.lists(st.sampled_from("rabct")), st.integers(1, 4), st.integers(1, 3))
+@given(st.lists(st.sampled_from("rsabct")), st.integers(1, 4), st.integers(1, 3))
 def test_nothing_is_lost_uncounted(steps: str, capacity: int, cameras: int) -> None:
     line, counters = backlog(capacity, cameras)
     taken = 0
@@ -83,9 +107,11 @@ def test_nothing_is_lost_uncounted(steps: str, capacity: int, cameras: int) -> N
         if step == "t":
             taken += line.take() is not None
         else:
-            line.put(reading(n) if step == "r" else frame(n, step))
+            line.put(reading(n, source=step) if step in "rs" else frame(n, step))
         assert len(line) <= capacity + cameras
         assert len(line.cameras()) <= cameras
     counted = counters.snapshot()
-    dropped = counted["dropped_readings"] + counted["dropped_frames"]
+    skipped = counted["dropped_readings"] + counted["coalesced_readings"]
+    dropped = skipped + counted["dropped_frames"]
+    assert line.take_skipped() == skipped
     assert counted["readings"] + counted["frames"] == taken + dropped + len(line)

@@ -170,6 +170,22 @@ def test_the_state_never_grows() -> None:
     assert sum(segment.n_tokens for segment in engine._context._history) < 256
 
 
+def test_the_context_says_what_it_skipped_once_a_minute() -> None:
+    engine = DrivenEngine(window=512, backlog=4)
+    for n in range(9):
+        engine.observe(reading(n))
+    engine.settle()
+    skips = f"{stamp(0)} skipped 7 older readings\n"
+    assert engine.live.text == OPENING + DATE + skips + line(0) + line(8)
+    for n in range(9, 18):
+        engine.observe(reading(n))
+    engine.settle()
+    assert "skipped" not in engine.live.text.partition(skips)[2]
+    engine.observe(reading(90))
+    engine.settle()
+    assert engine.live.text.endswith(f"{stamp(90)} skipped 7 older readings\n" + line(90))
+
+
 def test_a_huge_reading_is_cut_and_counted() -> None:
     engine = DrivenEngine(window=256)
     engine.observe(Reading("s", "x" * 1_000_000, NOON_S))

@@ -91,7 +91,7 @@ class PackageRespondent:
     def _feed(self, state: State, parts: list[Part], *, logits: bool = False) -> Floats | None:
         """Read it all. Returns float32 [V] after the last token, where it is asked for."""
         found: Floats | None = None
-        for chunk in chunks(parts, CHUNK_TOKENS):
+        for chunk in chunks(parts, lambda: CHUNK_TOKENS):
             if isinstance(chunk, Rows) and chunk.image.embedding is None:
                 encode(self._model, chunk.image)
             found = feed(self._model, state, chunk, logits=logits)

@@ -118,7 +118,7 @@ class Answer:
         needed, available = count_tokens(parts), self._parent.available - 1
         if needed > available:
             raise ContextOverflow(needed, available)
-        return list(chunks(parts, kit.chunk_tokens))
+        return list(chunks(parts, lambda: kit.chunk_tokens))
 
     @property
     def _parent(self) -> State:

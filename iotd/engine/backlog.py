@@ -25,9 +25,10 @@ class Shot:
 
 
 class Backlog:
-    """Readings drop their oldest; of each camera only the newest frame waits, in the place of the one it replaces.
+    """Of each camera only the newest frame waits; of each sensor its newest reading alone, once it is half full.
 
-    A frame keeps that place because a camera faster than the reading would otherwise never come to its turn.
+    What is newer takes the place of what it replaces: a camera or a sensor faster than the reading would otherwise
+    never come to its turn. Where even that does not do, the oldest reading is dropped.
     """
 
     def __init__(self, capacity: int, cameras: int, counters: Counters) -> None:
@@ -37,6 +38,9 @@ class Backlog:
         self._lock = threading.Lock()
         self._line: OrderedDict[int | str, Reading | Shot] = OrderedDict()
         self._readings: deque[int] = deque()
+        self._sensors: dict[str, int] = {}
+        """Where the newest reading of each sensor waits."""
+        self._n_skipped = 0
         self._cameras: OrderedDict[str, Shot] = OrderedDict()
         self._n = 0
 
@@ -56,10 +60,16 @@ class Backlog:
         with self._lock:
             if not self._line:
                 return None
-            key, event = self._line.popitem(last=False)
-            if isinstance(key, int):
-                self._readings.popleft()
+            _, event = self._line.popitem(last=False)
+            if isinstance(event, Reading):
+                self._forget_reading(self._readings.popleft(), event)
             return event
+
+    def take_skipped(self) -> int:
+        """Readings that will never be read, since this was asked last."""
+        with self._lock:
+            n, self._n_skipped = self._n_skipped, 0
+            return n
 
     def newest(self, camera: str) -> Shot | None:
         """The newest frame of a camera, read already or not."""
@@ -73,12 +83,28 @@ class Backlog:
 
     def _put_reading(self, reading: Reading) -> None:
         self._counters.add("readings")
+        place = self._sensors.get(reading.source)
+        if place is not None and len(self._readings) >= self._capacity // 2:
+            self._line[place] = reading
+            self._skip("coalesced_readings")
+            return
         if len(self._readings) >= self._capacity:
-            del self._line[self._readings.popleft()]
-            self._counters.add("dropped_readings")
+            oldest = self._readings.popleft()
+            self._forget_reading(oldest, self._line.pop(oldest))
+            self._skip("dropped_readings")
         self._n += 1
         self._readings.append(self._n)
+        self._sensors[reading.source] = self._n
         self._line[self._n] = reading
+
+    def _forget_reading(self, place: int, event: Reading | Shot) -> None:
+        assert isinstance(event, Reading)
+        if self._sensors[event.source] == place:
+            del self._sensors[event.source]
+
+    def _skip(self, count: str) -> None:
+        self._n_skipped += 1
+        self._counters.add(count)
 
     def _put_frame(self, frame: Frame) -> None:
         self._counters.add("frames")

@@ -8,13 +8,14 @@ of a line.
 
 import logging
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from iotd.counters import Counters
 from iotd.engine.entry import Chunk, Entry, Part, Rows, Tokens, chunks, count_tokens
 from iotd.engine.feed import encode, feed
 from iotd.engine.lines import Lines
+from iotd.engine.pace import Pace
 from iotd.engine.snapshot import (
     FORMAT,
     Arrays,
@@ -51,12 +52,18 @@ class _Job:
     """Chunks on their way into a state, and what the context will be once all are read."""
 
     target: State
-    chunks: deque[Chunk]
+    chunks: Iterator[Chunk]
+    """Those behind the next one."""
     new: list[Entry]
     """Events read for the first time."""
     oldest_s: float
     day: str
     rebuilds: bool = False
+    chunk: Chunk | None = field(init=False)
+    """The next one; None where all are read."""
+
+    def __post_init__(self) -> None:
+        self.chunk = next(self.chunks, None)
 
 
 class Context:
@@ -70,7 +77,7 @@ class Context:
         system: str,
         window: int,
         reserve_tokens: int,
-        chunk_tokens: int,
+        pace: Pace,
         counters: Counters,
     ) -> None:
         """reserve_tokens: positions past the window, lent to a fork for its question and answer."""
@@ -78,7 +85,7 @@ class Context:
         self._lines = lines
         self._window = window
         self._key = Key(model.fingerprint, window, system)
-        self._chunk_tokens = chunk_tokens
+        self._pace = pace
         self._counters = counters
         self._opening: Tokens = lines.opening(system)
         n_opening = len(self._opening)
@@ -110,8 +117,9 @@ class Context:
 
     def open(self) -> None:
         """Read the system prompt."""
-        for chunk in chunks([self._opening], self._chunk_tokens):
-            feed(self._model, self.blank, chunk)
+        for chunk in chunks([self._opening], lambda: self._pace.size):
+            with self._pace.run(count_tokens([chunk])):
+                feed(self._model, self.blank, chunk)
         self.blank.copy_into(self.live)
         self.view = View(self.live.position)
 
@@ -146,37 +154,39 @@ class Context:
         self._remember(entries)
         self._look(header.oldest_s)
 
-    def append(self, entries: list[Entry]) -> None:
-        """Plan to read new events; `advance` does it. Must not be called while busy."""
+    def append(self, entries: list[Entry]) -> bool:
+        """Plan to read new events; `advance` does it. True where a state was copied for it. Not while busy."""
         assert self._job is None
         parts, day = self._dated(entries, self._day)
         n_tokens = count_tokens(parts)
         if self.live.position + n_tokens > self._window:
             self._rebuild(entries)
-            return
+            return True
         target = self.live
-        if n_tokens > self._chunk_tokens or any(entry.has_image for entry in entries):
+        if n_tokens > self._pace.size or any(entry.has_image for entry in entries):
             target = self._spare
             self.live.copy_into(target)
         oldest_s = self.view.oldest_s or entries[0].time_s
-        self._job = _Job(target, deque(chunks(parts, self._chunk_tokens)), entries, oldest_s, day)
+        self._job = _Job(target, chunks(parts, lambda: self._pace.size), entries, oldest_s, day)
+        return target is not self.live
 
     def advance(self) -> None:
         """Read one chunk, or encode one image, of the job under way. Raises what the model raises."""
         job = self._job
         assert job is not None
-        if not job.chunks:  # a successor without events
+        chunk = job.chunk
+        if chunk is None:  # a successor without events
             self._commit(job)
             return
-        chunk = job.chunks[0]
         if isinstance(chunk, Rows) and chunk.image.embedding is None:
             encode(self._model, chunk.image)
             self._counters.add("images_encoded")
             return
-        feed(self._model, job.target, chunk)
+        with self._pace.run(count_tokens([chunk])):
+            feed(self._model, job.target, chunk)
         self._counters.add("context_tokens_read", count_tokens([chunk]))
-        job.chunks.popleft()
-        if not job.chunks:
+        job.chunk = next(job.chunks, None)
+        if job.chunk is None:
             self._commit(job)
 
     def abandon(self) -> int:
@@ -210,7 +220,7 @@ class Context:
         parts, last_day = self._dated(kept, "")
         self.blank.copy_into(self._spare)
         oldest_s = kept[0].time_s if kept else 0.0
-        run = deque(chunks(parts, self._chunk_tokens))
+        run = chunks(parts, lambda: self._pace.size)
         self._job = _Job(self._spare, run, new, oldest_s, last_day, rebuilds=True)
 
     def _dated(self, entries: Iterable[Entry], day: str) -> tuple[list[Part], str]:

@@ -17,6 +17,7 @@ from iotd.engine.backlog import Backlog
 from iotd.engine.call import Call, Sink, Ticket
 from iotd.engine.context import Context
 from iotd.engine.lines import Lines
+from iotd.engine.pace import Pace
 from iotd.engine.reader import Reader
 from iotd.engine.saver import Saver, Write
 from iotd.engine.snapshot import Snapshot
@@ -42,6 +43,7 @@ COUNTS = (
     "asks_expired",
     "asks_failed",
     "asks_rejected",
+    "coalesced_readings",
     "context_swaps",
     "context_tokens_read",
     "cut_readings",
@@ -92,7 +94,7 @@ class Engine:
             system=context.system,
             window=context.window,
             reserve_tokens=ask.reserve_tokens,
-            chunk_tokens=chunk_tokens,
+            pace=Pace(chunk_tokens, context.chunk_s, clock),
             counters=self._counters,
         )
         self._fork = model.new_state(0)

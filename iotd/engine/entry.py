@@ -1,6 +1,6 @@
 """An event as the model reads it: tokens and images, with the time it happened. Knows no state and no words."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,25 +60,35 @@ class Entry:
         return any(isinstance(part, Image) for part in self.parts)
 
 
+def joined(first: Entry, second: Entry) -> Entry:
+    """Two entries of one moment as one, which is read and forgotten as a whole."""
+    return Entry((*first.parts, *second.parts), second.time_s, second.day, first.n_tokens + second.n_tokens)
+
+
 def count_tokens(parts: Iterable[Part | Chunk]) -> int:
     """Positions that the parts take in a state."""
     return sum(len(part) if isinstance(part, list) else part.n_tokens for part in parts)
 
 
-def chunks(parts: Iterable[Part], size: int) -> Iterator[Chunk]:
-    """The same tokens in runs of at most `size`, each as long as it can be; a run has text or rows of one image."""
+def chunks(parts: Iterable[Part], size: Callable[[], int]) -> Iterator[Chunk]:
+    """The same tokens in runs of at most `size()`, each as long as it can be; a run has text or rows of one image.
+
+    The size is asked for anew for each run.
+    """
     run: Tokens = []
     for part in parts:
         if isinstance(part, Image):
-            yield from _cut(run, size)
+            yield from (run[start:stop] for start, stop in _cuts(len(run), size))
             run = []
-            for start in range(0, part.n_tokens, size):
-                yield Rows(part, start, min(start + size, part.n_tokens))
+            yield from (Rows(part, start, stop) for start, stop in _cuts(part.n_tokens, size))
         else:
             run.extend(part)
-    yield from _cut(run, size)
+    yield from (run[start:stop] for start, stop in _cuts(len(run), size))
 
 
-def _cut(tokens: Tokens, size: int) -> Iterator[Tokens]:
-    for start in range(0, len(tokens), size):
-        yield tokens[start : start + size]
+def _cuts(length: int, size: Callable[[], int]) -> Iterator[tuple[int, int]]:
+    start = 0
+    while start < length:
+        stop = min(start + size(), length)
+        yield start, stop
+        start = stop

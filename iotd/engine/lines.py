@@ -47,6 +47,10 @@ class Lines:
             tokens = tokens[: self._max_tokens - len(self._ellipsis)] + self._ellipsis
         return _entry((tokens,), reading.time_s), cut
 
+    def skipped(self, n_readings: int, time_s: float) -> Entry:
+        """A line that says what the stream lacks."""
+        return _entry((self._plain(skipped_line(n_readings, time_s)),), time_s)
+
     def frame(self, shot: Shot) -> Entry:
         """A camera's image behind its time and name, shrunk to what the context gives one event.
 
@@ -103,6 +107,10 @@ def day_line(day: str) -> str:
 
 def reading_line(reading: Reading) -> str:
     return f"{_clock(reading.time_s)} {reading.source} {reading.text}\n"
+
+
+def skipped_line(n_readings: int, time_s: float) -> str:
+    return f"{_clock(time_s)} skipped {n_readings} older reading{'' if n_readings == 1 else 's'}\n"
 
 
 def frame_line(camera: str, time_s: float) -> str:

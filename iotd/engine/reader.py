@@ -5,12 +5,15 @@ import logging
 from iotd.counters import Counters
 from iotd.engine.backlog import Backlog, Shot
 from iotd.engine.context import Context
-from iotd.engine.entry import Entry
+from iotd.engine.entry import Entry, joined
 from iotd.engine.lines import Lines
 from iotd.errors import IotdError
 from iotd.events import Reading
 
 log = logging.getLogger(__name__)
+
+TELL_SKIPPED_S = 60.0
+"""Of the stream's time: under a flood, one line a minute says how much was left out."""
 
 
 class Reader:
@@ -26,6 +29,8 @@ class Reader:
         self._chunk_tokens = chunk_tokens
         self._counters = counters
         self._next: Entry | None = None
+        self._n_skipped = 0
+        self._told_skipped_s = 0.0
         self._n_refused = 0
 
     @property
@@ -40,7 +45,8 @@ class Reader:
                 entries = self._gather()
                 if not entries:
                     return
-                self._context.append(entries)
+                if self._context.append(entries):
+                    return  # a copy of the state was enough for one unit
             self._context.advance()
         except Exception:
             log.exception("reading into the context failed")
@@ -74,7 +80,12 @@ class Reader:
         self._counters.add("readings_read")
         if cut:
             self._counters.add("cut_readings")
-        return entry
+        self._n_skipped += self._backlog.take_skipped()
+        if not self._n_skipped or abs(reading.time_s - self._told_skipped_s) < TELL_SKIPPED_S:
+            return entry
+        note = self._lines.skipped(self._n_skipped, reading.time_s)
+        self._n_skipped, self._told_skipped_s = 0, reading.time_s
+        return joined(note, entry)
 
     def _frame(self, shot: Shot) -> Entry | None:
         try:
