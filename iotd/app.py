@@ -299,6 +299,7 @@ def _not_loaded(window: int) -> EngineStatus:
         queue_depth=0,
         backlog=0,
         state_nbytes=0,
+        sessions=0,
         counters={},
     )
 

@@ -176,6 +176,9 @@ def clear(config: Path | None) -> None:
 @click.option("--cert-file", type=FILE, help="This client's certificate, for mutual TLS.")
 @click.option("--key-file", type=FILE, help="Its key.")
 @click.option("--no-context", is_flag=True, help="Ask the model alone, without the stream of readings.")
+@click.option("--keep-session", is_flag=True, help="Keep where the answer ends; says by which name to go on.")
+@click.option("--session", help="Go on from the answer that was kept under this name.")
+@click.option("--catch-up", is_flag=True, help="With --session: read what has come since, before the question.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer, in tokens.")
 @click.option("--temperature", type=Number(0), help="0 takes the most likely token each time.")
 @click.option("--seed", type=click.IntRange(0), help="The same seed gives the same answer.")
@@ -461,6 +464,8 @@ def _tell_end(answer: "Answer") -> None:
     usage, timings = answer.usage, answer.timings
     text = f"{answer.finish_reason.value}: {usage.generation_tokens} tokens in {timings.total_s:.2f} s"
     text += f", the first after {timings.first_token_s:.2f} s; {usage.context_tokens} tokens of context"
+    if answer.session:
+        text += f"; go on with --session {answer.session}"
     click.secho(text, dim=True, err=True)
 
 

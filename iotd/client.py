@@ -69,6 +69,12 @@ class AskOptions(TypedDict, total=False):
     """For the whole answer, from its arrival at the server."""
     use_context: bool
     """False asks the model alone, without the stream of readings and frames."""
+    session: str | None
+    """Goes on from an earlier answer: its `session`. Nothing is read again."""
+    keep_session: bool | None
+    """Keeps where the answer ends, so that another ask can go on from there."""
+    catch_up: bool | None
+    """With a session: reads what has come since, before the question."""
     temperature: float | None
     top_p: float | None
     top_k: int | None
@@ -87,6 +93,8 @@ class Answer:
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    session: str = ""
+    """What a further ask goes on from; empty unless this one was told to keep it."""
 
 
 class _Stream:
@@ -107,7 +115,8 @@ class _Stream:
         """The whole answer, once the stream has been read to its end. Raises Unavailable before."""
         if self.done is None:
             raise errors.Unavailable("the answer has not ended: read the stream to its end first")
-        return Answer("".join(self._pieces), self.done.finish_reason, self.done.usage, self.done.timings)
+        done = self.done
+        return Answer("".join(self._pieces), done.finish_reason, done.usage, done.timings, done.session)
 
     def cancel(self) -> None:
         """Stop the model, if it still runs; the iteration ends."""
@@ -310,11 +319,15 @@ def _request(
     camera: str | None = None,
     budget_s: float | None = None,
     use_context: bool = True,
+    session: str | None = None,
+    keep_session: bool | None = None,
+    catch_up: bool | None = None,
     **sampling: Any,
 ) -> tuple[iotd_pb2.AskRequest, float | None]:
     """The request, and the timeout of its call in seconds. Raises InvalidInput for what the proto cannot carry."""
     request = iotd_pb2.AskRequest(images=[image if isinstance(image, bytes) else _content(image) for image in images])
     _fill(request, "", {"question": question, "camera": camera, "use_context": use_context})
+    _fill(request, "", {"session": session, "keep_session": keep_session, "catch_up": catch_up})
     _fill(request.sampling, "sampling.", sampling)
     if budget_s is None:
         return request, None
@@ -358,6 +371,7 @@ def _done(done: iotd_pb2.AskDone) -> Done:
             first_token_s=_seconds(timings.first_token),
             total_s=_seconds(timings.total),
         ),
+        done.session,
     )
 
 
@@ -378,6 +392,7 @@ def _status(response: iotd_pb2.GetStatusResponse) -> ServerStatus:
         queue_depth=response.queue_depth,
         backlog=response.backlog,
         state_nbytes=response.state_bytes,
+        sessions=response.sessions,
         counters=dict(response.counters),
     )
     link = _link(response.mqtt) if response.HasField("mqtt") else None

@@ -70,6 +70,9 @@ class AskConfig(_Section, frozen=True):
     """Of an ask that names none."""
     reserve_tokens: Annotated[int, msgspec.Meta(ge=64, le=1_000_000)] = 1024
     """Positions kept beyond the window for a question with its images and answer."""
+    session_bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] = 256 * 1024 * 1024
+    """Memory of all conversations that are kept, each of which takes a whole state; the one unused for longest makes
+    way. 0 keeps none."""
     max_images: Annotated[int, msgspec.Meta(ge=0, le=64)] = 4
 
 

@@ -76,6 +76,12 @@ class Ask:
     """Puts the newest frame of this camera before the question."""
     use_context: bool = True
     """Ask over the warm stream of readings and frames; False asks the model alone."""
+    session: str | None = None
+    """Go on from where this earlier answer was kept; `use_context` then means nothing."""
+    keep_session: bool = False
+    """Keep where this answer ends, so that another ask can go on from there."""
+    catch_up: bool = False
+    """With a session: read what the context has read since, before the question."""
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -141,6 +147,8 @@ class Done:
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    session: str = ""
+    """By which another ask can go on from here; empty where it was not kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +177,8 @@ class EngineStatus:
     backlog: int
     """Readings and frames not yet read into the context."""
     state_nbytes: int
+    sessions: int
+    """Conversations that can be gone on with."""
     counters: dict[str, int]
     """Monotonic counts since start: readings, frames, dropped_readings, dropped_frames, context_swaps, asks,
     prompt_tokens, generation_tokens, and so on."""

@@ -63,6 +63,9 @@ class FakeState:
             raise StateMismatch("another trace")
         self.trace[:] = arrays["trace"]
 
+    def take_over(self, fork: "FakeState") -> None:
+        fork.copy_into(self)
+
     def lend_to(self, fork: "FakeState") -> None:
         fork.capacity = self.capacity
         self.copy_into(fork)

@@ -54,6 +54,7 @@ STATUS = ServerStatus(
         queue_depth=1,
         backlog=3,
         state_nbytes=40_000_000,
+        sessions=3,
         counters={"readings": 5, "asks": 2},
     ),
     link=LinkStatus(

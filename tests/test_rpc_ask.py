@@ -85,6 +85,21 @@ def test_unset_fields_take_the_defaults(daemon: Daemon, stub: Any) -> None:
     assert ask.sampling == Sampling(max_tokens=99, temperature=0.3, presence_penalty=0.5)
 
 
+def test_a_session_goes_both_ways(daemon: Daemon, stub: Any) -> None:
+    _call = stub.Ask(question(session="abc", keep_session=True, catch_up=True))
+    ask = daemon.engine.next().ask
+    assert (ask.session, ask.keep_session, ask.catch_up) == ("abc", True, True)
+    events = stub.Ask(question(keep_session=True))
+    daemon.engine.next().finish(Done(FinishReason.STOP, Usage(), Timings(), "def"))
+    assert list(events)[-1].done.session == "def"
+
+
+def test_catching_up_without_a_session_is_refused(stub: Any) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Ask(question(catch_up=True)))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_every_field_reaches_the_engine_zeros_too(daemon: Daemon, stub: Any) -> None:
     sampling = iotd_pb2.SamplingOptions(
         temperature=0, top_p=1, top_k=0, presence_penalty=0, seed=0, max_tokens=5, stop=["\n", "."], thinking=True

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from iotd.engine import Snapshot
 from iotd.errors import SnapshotError
-from iotd.events import Frame
+from iotd.events import Done, Frame
 from iotd.model import Model
 from iotd.ops import snapshots
 
@@ -68,6 +68,26 @@ def test_a_restored_engine_goes_on_as_if_it_had_never_stopped(model: Model, path
     assert steady.answer(max_tokens=12) == fresh.answer(max_tokens=12)
     assert steady.answer(use_context=False) == fresh.answer(use_context=False)
     assert fresh.status().counters["snapshots_restored"] == 1
+
+
+def test_sessions_go_on_after_a_stop(model: Model, path: Path) -> None:
+    """And catch up with what the context has read since they were last seen, before the stop and after it."""
+    steady = opened(make_engine(model))
+    observe(steady, 0, 2)
+    sink, _ = steady.ask("one?", keep_session=True)
+    steady.settle()
+    assert isinstance(sink.end, Done)
+    observe(steady, 2, 4)
+    snapshots.save(path, steady._snapshot())
+    fresh = make_engine(model)
+    fresh.restore(lambda: snapshots.load(path))
+    opened(fresh)
+    assert fresh.status().sessions == 1
+    for engine in (steady, fresh):
+        observe(engine, 4, 6)
+    changes = {"session": sink.end.session, "catch_up": True, "max_tokens": 12}
+    assert steady.answer("two?", **changes) == fresh.answer("two?", **changes)
+    assert steady.fork.position == fresh.fork.position
 
 
 def test_a_restore_reads_nothing_again(model: Model, path: Path) -> None:
@@ -193,7 +213,7 @@ def test_a_save_is_a_moment_of_the_context_though_asks_go_on_meanwhile() -> None
     taken: list[Snapshot] = []
     engine.save(taken.append)
     engine.turn()
-    engine._saver.finish(None, 10)
+    engine._saver.finish(engine._snapshot, None, 10)
     engine.observe(reading(1))
     engine.settle()
     assert len(taken) == 1
@@ -223,7 +243,7 @@ def test_a_save_that_fails_is_counted_and_costs_nothing_else(caplog: pytest.LogC
 
     engine.save(full)
     engine.turn()
-    engine._saver.finish(full, 10)
+    engine._saver.finish(engine._snapshot, full, 10)
     assert "No space left" in caplog.text
     assert engine.status().counters["snapshots_failed"] == 2
     engine.observe(reading(0))

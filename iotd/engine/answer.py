@@ -15,6 +15,7 @@ from iotd.engine.context import Context
 from iotd.engine.entry import Chunk, Part, Rows, chunks, count_tokens
 from iotd.engine.feed import Floats, encode, feed
 from iotd.engine.lines import Lines
+from iotd.engine.sessions import Session, Sessions
 from iotd.errors import ContextOverflow, NotFound
 from iotd.events import FinishReason
 from iotd.model import Model
@@ -30,6 +31,7 @@ class Kit:
     lines: Lines
     context: Context
     backlog: Backlog
+    sessions: Sessions
     fork: State
     """The one state that answers run on, in rows lent by the context; one answer at a time."""
     image_tokens: int
@@ -46,6 +48,7 @@ class Answer:
         self._call = call
         self._kit = kit
         self._generation: Generation | None = None
+        self._session: Session | None = None
         self._units = self._work()
 
     def advance(self) -> FinishReason | None:
@@ -59,7 +62,36 @@ class Answer:
             reason = self._finished()
         if reason is not None and self._generation is not None:
             self._say(self._generation.flush())
+            self._name_session(reason)
         return reason
+
+    def close(self, *, well: bool) -> None:
+        """Once the call has ended: keep where the answer stands, if that was asked for and it ended well."""
+        name, generation, kit = self._call.session, self._generation, self._kit
+        if not name or generation is None:
+            return
+        if not well:
+            if self._session is None:
+                kit.sessions.drop(name)
+            return
+        session = kit.sessions.get(name)
+        if session is self._session:
+            session.state.take_over(kit.fork)
+        else:
+            kit.fork.copy_into(session.state)
+        session.unread = generation.unread
+        if self._session is None or self._call.ask.catch_up:
+            session.n_read = kit.context.n_read
+
+    def _name_session(self, reason: FinishReason) -> None:
+        """Before the end is told: the name stands in it. The state is kept behind it, which takes its time."""
+        ask = self._call.ask
+        if reason is FinishReason.CANCELLED:
+            return
+        if ask.session is not None:
+            self._call.session = ask.session
+        elif ask.keep_session:
+            self._call.session = self._kit.sessions.open()
 
     def _stopped(self) -> FinishReason | None:
         if self._call.cancelled:
@@ -70,6 +102,8 @@ class Answer:
         return None if self._generation is None else self._generation.finish_reason
 
     def _work(self) -> Iterator[None]:
+        if self._call.ask.session is not None:
+            self._session = self._kit.sessions.get(self._call.ask.session)
         prompt = self._prompt()
         self._fork()
         yield
@@ -110,6 +144,10 @@ class Answer:
         """The whole prompt in chunks. Raises where something is missing or does not fit; nothing has run by then."""
         ask, kit = self._call.ask, self._kit
         parts: list[Part] = []
+        if self._session is not None:
+            parts.append(self._session.unread + kit.lines.next_turn())
+            if ask.catch_up:
+                parts.extend(kit.context.since(self._session.n_read, self._parent.available // 2))
         if ask.camera is not None:
             parts.extend(self._camera(ask.camera))
         each = kit.image_tokens // max(len(ask.images), 1)
@@ -124,6 +162,8 @@ class Answer:
     def _parent(self) -> State:
         """What the answer goes on from. Nothing else runs before the answer has ended, so that it can lend its rows."""
         context = self._kit.context
+        if self._session is not None:
+            return self._session.state
         return context.live if self._call.ask.use_context else context.blank
 
     def _camera(self, camera: str) -> tuple[Part, ...]:

@@ -106,13 +106,14 @@ class Asks:
             self._recent_s.append(now_s - meter.started_s)
             self._changed.notify_all()
 
-    def end(self, call: Call, event: Done | Failed, *, only_if_silent: bool = False) -> None:
-        """End a call and count how; nothing happens where it has ended before."""
+    def end(self, call: Call, event: Done | Failed, *, only_if_silent: bool = False) -> bool:
+        """End a call and count how; nothing happens, and False is returned, where it has ended before."""
         if not call.end(event, only_if_silent=only_if_silent):
-            return
+            return False
         self._counters.add(_name(event))
         if isinstance(event, Failed) and isinstance(event.error, DeadlineExceeded):
             log.info("%s had no word by its deadline: %s", call.request_id, call.trace())
+        return True
 
     def settle(self, now_s: float) -> None:
         """End what waits in vain: cancelled asks in the queue, and all whose deadline came before their first word."""

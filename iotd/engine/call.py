@@ -51,6 +51,8 @@ class Call:
         self.request_id = request_id
         self.meter = Meter()
         self.cancelled = False
+        self.session = ""
+        """By which its answer can be gone on with, once it has ended."""
         self._sink = sink
         self._lock = threading.Lock()
         self._ended = False
@@ -88,7 +90,8 @@ class Call:
             return True
 
     def done(self, reason: FinishReason, now_s: float) -> Done:
-        return Done(reason, self.usage(), self.timings(now_s))
+        kept = self.session if reason is not FinishReason.CANCELLED else ""
+        return Done(reason, self.usage(), self.timings(now_s), kept)
 
     def overdue(self, now_s: float) -> Done | Failed:
         """How a call ends whose deadline has come: with what was said, or with an error."""

@@ -102,6 +102,8 @@ class Context:
         self._history_tokens = 0
         self._day = ""
         self._job: _Job | None = None
+        self.n_read = 0
+        """Events read since the start."""
         self.frozen = False
         """The spare state holds a copy that is being saved: nothing can be read until `thaw`."""
         self.view = View()
@@ -269,8 +271,21 @@ class Context:
                 return f"it was made with another {what}"
         return None
 
+    def since(self, n_read: int, max_tokens: int) -> list[Part]:
+        """What was read after the first `n_read` events, with its dates: the newest that fit into `max_tokens`."""
+        entries: deque[Entry] = deque()
+        parts: list[Part] = []
+        for entry in reversed(list(self._history)[-(self.n_read - n_read) :] if self.n_read > n_read else []):
+            entries.appendleft(entry)
+            longer, _ = self._dated(entries, "")
+            if count_tokens(longer) > max_tokens:
+                break
+            parts = longer
+        return parts
+
     def _remember(self, new: list[Entry]) -> None:
         """Keep what the next successor may be built from, and no more."""
+        self.n_read += len(new)
         for entry in new:
             self._history.append(entry)
             self._history_tokens += entry.n_tokens

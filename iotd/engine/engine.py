@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from iotd.config import AskConfig, ContextConfig
 from iotd.counters import Counters
 from iotd.engine.answer import Kit
@@ -20,6 +22,7 @@ from iotd.engine.lines import Lines
 from iotd.engine.pace import Pace
 from iotd.engine.reader import Reader
 from iotd.engine.saver import Saver, Write
+from iotd.engine.sessions import Sessions
 from iotd.engine.snapshot import Snapshot
 from iotd.engine.worker import Worker
 from iotd.errors import InvalidInput, NotFound, SnapshotError
@@ -60,6 +63,8 @@ COUNTS = (
     "readings",
     "readings_read",
     "refused_frames",
+    "sessions_dropped",
+    "sessions_opened",
     "snapshots_failed",
     "snapshots_refused",
     "snapshots_restored",
@@ -98,12 +103,17 @@ class Engine:
             counters=self._counters,
         )
         self._fork = model.new_state(0)
+        live = self._context.live
+        self._sessions = Sessions(
+            lambda: model.new_state(live.capacity), live.nbytes, ask.session_bytes, self._counters
+        )
         reader = Reader(self._backlog, lines, self._context, chunk_tokens, self._counters)
         kit = Kit(
             model=model,
             lines=lines,
             context=self._context,
             backlog=self._backlog,
+            sessions=self._sessions,
             fork=self._fork,
             image_tokens=ask.reserve_tokens // 2,
             chunk_tokens=chunk_tokens,
@@ -131,6 +141,7 @@ class Engine:
             if found is None:
                 return
             self._context.restore(found)
+            self._sessions.unpack(found.header.sessions, self._context.n_read, found.arrays)
         except SnapshotError as error:
             self._counters.add("snapshots_refused")
             log.warning("the context begins empty, as its snapshot cannot be used: %s", error)
@@ -167,7 +178,14 @@ class Engine:
                 if thread.is_alive():
                     log.error("the thread %s is still inside a unit of work and is left behind", thread.name)
                     write = None
-        self._saver.finish(write, SAVE_S)
+        self._saver.finish(self._snapshot, write, SAVE_S)
+
+    def _snapshot(self) -> Snapshot:
+        """Everything there is, as views of it. The model's thread has ended."""
+        snapshot = self._context.capture()
+        arrays = {**snapshot.arrays}
+        sessions = self._sessions.pack(self._context.n_read, arrays)
+        return Snapshot(msgspec.structs.replace(snapshot.header, sessions=sessions), arrays)
 
     def observe(self, observation: Observation) -> None:
         """Take in a reading or a frame, from any thread. Never blocks; what has no room is dropped and counted."""
@@ -215,7 +233,8 @@ class Engine:
             newest_event_s=view.newest_s,
             queue_depth=self._asks.depth,
             backlog=len(self._backlog),
-            state_nbytes=self._context.nbytes + self._fork.nbytes,
+            state_nbytes=self._context.nbytes + self._fork.nbytes + self._sessions.nbytes,
+            sessions=len(self._sessions),
             counters=self._counters.snapshot(),
         )
 
@@ -223,6 +242,7 @@ class Engine:
         """What only the engine can know; the ranges of a request are checked where it came in."""
         if ask.images and not self._model.has_vision:
             raise InvalidInput("this model has no vision", field="images")
+        self._sessions.check(ask.session, ask.keep_session)
         if ask.camera is not None and self._backlog.newest(ask.camera) is None:
             known = ", ".join(sorted(self._backlog.cameras())) or "none so far"
             raise NotFound(f"no frame from a camera {ask.camera!r}; cameras heard: {known}")

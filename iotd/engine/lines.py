@@ -63,6 +63,10 @@ class Lines:
             shot.image, shot.rgb = self.image(shot.rgb, self._max_tokens - words), None
         return _entry(tuple(self._picture(before, shot.image)), shot.time_s)
 
+    def next_turn(self) -> Tokens:
+        """The end of an answer, and the beginning of the user's turn that follows it in a session."""
+        return [token for run in self._runs(self._model.chat.next_turn()) for token in _ids(run)]
+
     def question(self, text: str, images: Iterable[Image], *, thinking: bool) -> list[Part]:
         """A question after its images, closing the turn and opening the answer."""
         parts = [part for image in images for part in self._picture(UserText(""), image)]

@@ -43,15 +43,15 @@ class Saver:
         self._writer = threading.Thread(target=self._write, args=(write, snapshot), name="iotd-saver", daemon=True)
         self._writer.start()
 
-    def finish(self, write: Write | None, timeout_s: float) -> None:
-        """Wait for the save under way, then save what the context holds now. The model's thread has ended."""
+    def finish(self, last: Callable[[], Snapshot], write: Write | None, timeout_s: float) -> None:
+        """Wait for the save under way, then save what there is now. The model's thread has ended."""
         if self._writer is not None:
             self._writer.join(timeout_s)
             if self._writer.is_alive():
                 log.error("the context was not saved within %g s", timeout_s)
                 return
         if write is not None:
-            self._put(write, self._context.capture())
+            self._put(write, last())
 
     def _write(self, write: Write, snapshot: Snapshot) -> None:
         self._put(write, snapshot)

@@ -49,6 +49,16 @@ class EntryHeader(msgspec.Struct, frozen=True):
     parts: list[list[Count] | ImageHeader]
 
 
+class SessionHeader(msgspec.Struct, frozen=True):
+    """A conversation; its state's arrays have its name."""
+
+    name: str
+    state: StateHeader
+    unread: list[Count]
+    behind: Count
+    """Events that the context had read since it was last seen."""
+
+
 class Header(msgspec.Struct, frozen=True):
     """Everything of a snapshot but its arrays."""
 
@@ -60,6 +70,8 @@ class Header(msgspec.Struct, frozen=True):
     """Unix time of the oldest event in the context; 0 where it holds none."""
     day: str
     entries: list[EntryHeader]
+    sessions: list[SessionHeader] = []
+    """The one unused for longest first. Only the last of a daemon has any: they change while one is written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,9 +79,9 @@ class Worker:
     def _answer(self, call: Call, answer: Answer) -> None:
         """Advance the running ask by one unit, and let it go where that ended it or something else had."""
         event = None if call.ended else self._advance(call, answer)
-        if event is not None:
-            self._asks.end(call, event)
+        told = event is not None and self._asks.end(call, event)
         if call.ended:
+            answer.close(well=told and isinstance(event, Done))
             now_s = self._kit.clock()
             self._asks.release(call, now_s)
             self._running = None

@@ -130,6 +130,10 @@ class ChatTemplate:
             start = self._written(turn, content, 0, images=False)
         return _joined([*start, TemplateText(self.user.before)])
 
+    def next_turn(self) -> list[Segment]:
+        """Behind an answer: its end, and the beginning of another user's turn."""
+        return [TemplateText(self.assistant.after + self.user.before)]
+
     def close_turn(self, thinking: bool = False) -> list[Segment]:
         """The end of the open user's turn, and the opening of the answer."""
         return [TemplateText(self.user.after + self._generation(thinking))]

@@ -51,6 +51,11 @@ class Generation:
         self._pending: int | None = None
 
     @property
+    def unread(self) -> list[int]:
+        """The token drawn last, which the state has not read, unless it ended the turn."""
+        return [] if self._pending is None else [self._pending]
+
+    @property
     def done(self) -> bool:
         return self.finish_reason is not None
 
@@ -63,6 +68,7 @@ class Generation:
             self._logits = self._decoder.step(self._state, self._pending)
         token = self._sampler.draw(self._logits)
         if token in self._eos:
+            self._pending = None
             self.finish_reason = FinishReason.STOP
             return ""
         self._pending = token

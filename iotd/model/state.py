@@ -107,6 +107,13 @@ class State:
         fork._cache, self._cache.borrower = self._cache, fork
         self._continue_in(fork)
 
+    def take_over(self, fork: "State") -> None:
+        """Continue from where a fork went that works in this state's rows: they are there already."""
+        if fork._cache is not self._own:
+            raise StateMismatch("the fork works in other rows than this state's")
+        fork.claim()
+        fork._continue_in(self)
+
     def arrays(self) -> dict[str, Floats]:
         """What it holds, by name: views of its buffers, of the key/value cache only the part in use."""
         used = {name: tensor[:, :, : self.position] for name, tensor in self._cache.tensors.items()}

@@ -48,6 +48,8 @@ def parse(request: iotd_pb2.AskRequest, arrived_s: float, ends_s: float, limits:
     """The ask without its images: those take `decode_images`, off the event loop. Raises InvalidInput."""
     _check_question(request.question)
     _check_size("camera", len(request.camera), MAX_CAMERA_CHARS, " characters")
+    if request.catch_up and not request.session:
+        raise InvalidInput("catch_up is for a question that goes on from a session", field="catch_up")
     _check_size("images", len(request.images), limits.max_images, "")
     return Ask(
         question=request.question,
@@ -55,6 +57,9 @@ def parse(request: iotd_pb2.AskRequest, arrived_s: float, ends_s: float, limits:
         deadline_s=ends_s,
         camera=request.camera or None,
         use_context=request.use_context if request.HasField("use_context") else True,
+        session=request.session or None,
+        keep_session=request.keep_session,
+        catch_up=request.catch_up,
         sampling=_sampling(request.sampling, limits),
     )
 

@@ -182,6 +182,7 @@ def _done_event(done: Done) -> iotd_pb2.AskEvent:
     return iotd_pb2.AskEvent(
         done=iotd_pb2.AskDone(
             finish_reason=f"FINISH_REASON_{done.finish_reason.name}",
+            session=done.session,
             usage=iotd_pb2.Usage(
                 context_tokens=usage.context_tokens,
                 prompt_tokens=usage.prompt_tokens,

@@ -19,6 +19,7 @@ def to_response(status: ServerStatus) -> iotd_pb2.GetStatusResponse:
         queue_depth=engine.queue_depth,
         backlog=engine.backlog,
         state_bytes=engine.state_nbytes,
+        sessions=engine.sessions,
         resident_memory_bytes=status.resident_nbytes,
         mqtt=_mqtt(status.link) if status.link else None,
         counters=engine.counters,

@@ -36,20 +36,26 @@ SERVING_STATE_SERVING: ServingState
 SERVING_STATE_DRAINING: ServingState
 
 class AskRequest(_message.Message):
-    __slots__ = ("question", "images", "camera", "budget", "use_context", "sampling")
+    __slots__ = ("question", "images", "camera", "budget", "use_context", "sampling", "session", "keep_session", "catch_up")
     QUESTION_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     CAMERA_FIELD_NUMBER: _ClassVar[int]
     BUDGET_FIELD_NUMBER: _ClassVar[int]
     USE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    KEEP_SESSION_FIELD_NUMBER: _ClassVar[int]
+    CATCH_UP_FIELD_NUMBER: _ClassVar[int]
     question: str
     images: _containers.RepeatedScalarFieldContainer[bytes]
     camera: str
     budget: _duration_pb2.Duration
     use_context: bool
     sampling: SamplingOptions
-    def __init__(self, question: _Optional[str] = ..., images: _Optional[_Iterable[bytes]] = ..., camera: _Optional[str] = ..., budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., use_context: bool = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ...) -> None: ...
+    session: str
+    keep_session: bool
+    catch_up: bool
+    def __init__(self, question: _Optional[str] = ..., images: _Optional[_Iterable[bytes]] = ..., camera: _Optional[str] = ..., budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., use_context: bool = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., session: _Optional[str] = ..., keep_session: bool = ..., catch_up: bool = ...) -> None: ...
 
 class SamplingOptions(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "presence_penalty", "seed", "max_tokens", "stop", "thinking")
@@ -96,14 +102,16 @@ class AskDelta(_message.Message):
     def __init__(self, text: _Optional[str] = ...) -> None: ...
 
 class AskDone(_message.Message):
-    __slots__ = ("finish_reason", "usage", "timings")
+    __slots__ = ("finish_reason", "usage", "timings", "session")
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
-    def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    session: str
+    def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., session: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("context_tokens", "prompt_tokens", "image_tokens", "generation_tokens")
@@ -138,7 +146,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "model", "state", "uptime", "context", "queue_depth", "backlog", "state_bytes", "resident_memory_bytes", "mqtt", "counters")
+    __slots__ = ("version", "model", "state", "uptime", "context", "queue_depth", "backlog", "state_bytes", "resident_memory_bytes", "mqtt", "counters", "sessions")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +165,7 @@ class GetStatusResponse(_message.Message):
     RESIDENT_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     MQTT_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: str
     state: ServingState
@@ -168,7 +177,8 @@ class GetStatusResponse(_message.Message):
     resident_memory_bytes: int
     mqtt: MqttStatus
     counters: _containers.ScalarMap[str, int]
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., context: _Optional[_Union[ContextStatus, _Mapping]] = ..., queue_depth: _Optional[int] = ..., backlog: _Optional[int] = ..., state_bytes: _Optional[int] = ..., resident_memory_bytes: _Optional[int] = ..., mqtt: _Optional[_Union[MqttStatus, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    sessions: int
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., context: _Optional[_Union[ContextStatus, _Mapping]] = ..., queue_depth: _Optional[int] = ..., backlog: _Optional[int] = ..., state_bytes: _Optional[int] = ..., resident_memory_bytes: _Optional[int] = ..., mqtt: _Optional[_Union[MqttStatus, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[int] = ...) -> None: ...
 
 class ContextStatus(_message.Message):
     __slots__ = ("tokens", "window_tokens", "oldest_event_time", "newest_event_time")

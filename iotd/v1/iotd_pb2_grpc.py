@@ -64,7 +64,7 @@ class IotdServicer(object):
         own gRPC deadline, whichever is sooner; both count from the arrival of the request. Cancelling the call stops the
         model within one token.
 
-        INVALID_ARGUMENT: a field cannot be used. NOT_FOUND: an unknown camera. RESOURCE_EXHAUSTED: the queue is full.
+        INVALID_ARGUMENT: a field cannot be used. NOT_FOUND: an unknown camera or session. RESOURCE_EXHAUSTED: the queue is full.
         UNAVAILABLE: loading or draining. DEADLINE_EXCEEDED: the budget ended before the first piece.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
