@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from iotd.demo.respondents import DaemonRespondent, FreshDaemonRespondent, PackageRespondent
     from iotd.demo.simulate import Totals
     from iotd.model.package import Manifest
+    from iotd.ops.bench import Figure
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""
@@ -176,6 +177,8 @@ def clear(config: Path | None) -> None:
 @click.option("--cert-file", type=FILE, help="This client's certificate, for mutual TLS.")
 @click.option("--key-file", type=FILE, help="Its key.")
 @click.option("--no-context", is_flag=True, help="Ask the model alone, without the stream of readings.")
+@click.option("--exact", is_flag=True, help="Put exact figures of the sensors it names before the question.")
+@click.option("--sensor", "sensors", multiple=True, help="The same, of this label or pattern; repeatable.")
 @click.option("--keep-session", is_flag=True, help="Keep where the answer ends; says by which name to go on.")
 @click.option("--session", help="Go on from the answer that was kept under this name.")
 @click.option("--catch-up", is_flag=True, help="With --session: read what has come since, before the question.")
@@ -192,6 +195,7 @@ def ask(question: str, target: str, as_json: bool, **options: Any) -> None:
     options |= {
         "budget_s": options.pop("budget"),
         "use_context": not options.pop("no_context"),
+        "exact_readings": options.pop("exact"),
         "thinking": options.pop("thinking") or None,
     }
     with Client(target, **files) as client, client.ask(question, **options) as answer:
@@ -272,18 +276,73 @@ def _tell_package(path: Path, made: "Manifest", as_json: bool) -> None:
         click.echo(f"{path}: {made.name}, {made.recipe.name}, {nbytes / 1e6:,.1f} MB")
 
 
-@commands.command()
+class DefaultGroup(click.Group):
+    """Commands of which one may be left out: what is none of their names is its first argument."""
+
+    default = "speed"
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            args = [self.default, *args]
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+
+THREADS = click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Compute threads.")
+REPEAT = click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs of each figure.")
+
+
+@commands.group(cls=DefaultGroup)
+def bench() -> None:
+    """Measure a model package on this machine. `iotd bench PACKAGE` is `iotd bench speed PACKAGE`."""
+
+
+@bench.command()
 @click.argument("package", type=click.Path(path_type=Path))
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Compute threads.")
-@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs of each figure.")
+@THREADS
+@REPEAT
 @JSON
-def bench(package: Path, threads: int, repeat: int, as_json: bool) -> None:
-    """Measure a model package on this machine: load, prefill, decode, image encoding, memory."""
+def speed(package: Path, threads: int, repeat: int, as_json: bool) -> None:
+    """Load, prefill, decode, image encoding, memory."""
     from iotd.ops import bench as measure
 
+    _tell_figures(measure.run(package, threads=threads, repeat=repeat), threads, repeat, as_json)
+
+
+@bench.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option(
+    "--length",
+    "lengths",
+    type=click.IntRange(50, 2000),
+    multiple=True,
+    default=(100, 2000),
+    show_default=True,
+    help="Tokens of context, ascending; repeatable.",
+)
+@THREADS
+@REPEAT
+@JSON
+def context(package: Path, lengths: tuple[int, ...], threads: int, repeat: int, as_json: bool) -> None:
+    """How soon an answer to a new question of 20 tokens begins over the warm context, and what a fork costs."""
+    from iotd.ops import bench_context
+
+    figures = bench_context.run(package, threads=threads, repeat=repeat, lengths=lengths)
+    _tell_figures(figures, threads, repeat, as_json)
+
+
+def _tell_figures(figures: "Iterable[Figure]", threads: int, repeat: int, as_json: bool) -> None:
+    from iotd.ops.bench import machine
+
     if not as_json:
-        click.echo(f"{measure.machine()}; {threads} threads; medians of {repeat} (lowest to highest)")
-    for figure in measure.run(package, threads=threads, repeat=repeat):
+        click.echo(f"{machine()}; {threads} threads; medians of {repeat} (lowest to highest)")
+    for figure in figures:
         if as_json:
             click.echo(json.dumps({**_plain(figure), "threads": threads, "repeat": repeat}))
         else:

@@ -75,6 +75,10 @@ class AskOptions(TypedDict, total=False):
     """Keeps where the answer ends, so that another ask can go on from there."""
     catch_up: bool | None
     """With a session: reads what has come since, before the question."""
+    exact_readings: bool | None
+    """Puts exact figures of the sensors that the question names before it."""
+    sensors: Sequence[str]
+    """The same for these sensors: labels, or patterns such as `* temperature`."""
     temperature: float | None
     top_p: float | None
     top_k: int | None
@@ -322,12 +326,15 @@ def _request(
     session: str | None = None,
     keep_session: bool | None = None,
     catch_up: bool | None = None,
+    exact_readings: bool | None = None,
+    sensors: Sequence[str] = (),
     **sampling: Any,
 ) -> tuple[iotd_pb2.AskRequest, float | None]:
     """The request, and the timeout of its call in seconds. Raises InvalidInput for what the proto cannot carry."""
     request = iotd_pb2.AskRequest(images=[image if isinstance(image, bytes) else _content(image) for image in images])
     _fill(request, "", {"question": question, "camera": camera, "use_context": use_context})
     _fill(request, "", {"session": session, "keep_session": keep_session, "catch_up": catch_up})
+    _fill(request, "", {"exact_readings": exact_readings, "sensors": sensors})
     _fill(request.sampling, "sampling.", sampling)
     if budget_s is None:
         return request, None

@@ -82,6 +82,10 @@ class Ask:
     """Keep where this answer ends, so that another ask can go on from there."""
     catch_up: bool = False
     """With a session: read what the context has read since, before the question."""
+    exact_readings: bool = False
+    """Put the exact figures of the sensors it concerns before the question."""
+    sensors: tuple[str, ...] = ()
+    """Which these are: labels or patterns; empty takes those that the question names."""
     sampling: Sampling = field(default_factory=Sampling)
 
 

@@ -6,14 +6,16 @@ A unit is a fork, a chunk of prompt, an image encoded, or a step of decoding. Kn
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from iotd.counters import Counters
 from iotd.engine.backlog import Backlog
 from iotd.engine.call import Call, Unit
 from iotd.engine.context import Context
-from iotd.engine.entry import Chunk, Part, Rows, chunks, count_tokens
+from iotd.engine.entry import Chunk, Part, Rows, Tokens, chunks, count_tokens
 from iotd.engine.feed import Floats, encode, feed
+from iotd.engine.ledger import Ledger
 from iotd.engine.lines import Lines
 from iotd.engine.sessions import Session, Sessions
 from iotd.errors import ContextOverflow, NotFound
@@ -21,6 +23,9 @@ from iotd.events import FinishReason
 from iotd.model import Model
 from iotd.model.generation import Generation
 from iotd.model.state import State
+
+MAX_EXACT = 16
+"""Sensors whose exact figures stand before one question, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,7 @@ class Kit:
     lines: Lines
     context: Context
     backlog: Backlog
+    ledger: Ledger
     sessions: Sessions
     fork: State
     """The one state that answers run on, in rows lent by the context; one answer at a time."""
@@ -148,6 +154,8 @@ class Answer:
             parts.append(self._session.unread + kit.lines.next_turn())
             if ask.catch_up:
                 parts.extend(kit.context.since(self._session.n_read, self._parent.available // 2))
+        if ask.exact_readings:
+            parts.extend(self._exact())
         if ask.camera is not None:
             parts.extend(self._camera(ask.camera))
         each = kit.image_tokens // max(len(ask.images), 1)
@@ -165,6 +173,14 @@ class Answer:
         if self._session is not None:
             return self._session.state
         return context.live if self._call.ask.use_context else context.blank
+
+    def _exact(self) -> list[Tokens]:
+        """As many sensors as fit into a quarter of what is free."""
+        ask, kit = self._call.ask, self._kit
+        lines = kit.lines.exact(kit.ledger.find(ask.question, ask.sensors, MAX_EXACT))
+        room = self._parent.available // 4
+        ends = accumulate(map(len, lines))
+        return [line for line, end in zip(lines, ends, strict=True) if end <= room]
 
     def _camera(self, camera: str) -> tuple[Part, ...]:
         shot = self._kit.backlog.newest(camera)

@@ -18,6 +18,7 @@ from iotd.engine.asks import Asks
 from iotd.engine.backlog import Backlog
 from iotd.engine.call import Call, Sink, Ticket
 from iotd.engine.context import Context
+from iotd.engine.ledger import Ledger
 from iotd.engine.lines import Lines
 from iotd.engine.pace import Pace
 from iotd.engine.reader import Reader
@@ -26,7 +27,7 @@ from iotd.engine.sessions import Sessions
 from iotd.engine.snapshot import Snapshot
 from iotd.engine.worker import Worker
 from iotd.errors import InvalidInput, NotFound, SnapshotError
-from iotd.events import MAX_CAMERAS, Accepted, Ask, EngineStatus, Frame, Observation
+from iotd.events import MAX_CAMERAS, Accepted, Ask, EngineStatus, Frame, Observation, Reading
 from iotd.model import Model
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ COUNTS = (
     "dropped_frames",
     "dropped_readings",
     "forgotten_cameras",
+    "forgotten_sensors",
     "frames",
     "frames_read",
     "generation_tokens",
@@ -103,6 +105,7 @@ class Engine:
             counters=self._counters,
         )
         self._fork = model.new_state(0)
+        self._ledger = Ledger(self._counters)
         live = self._context.live
         self._sessions = Sessions(
             lambda: model.new_state(live.capacity), live.nbytes, ask.session_bytes, self._counters
@@ -113,6 +116,7 @@ class Engine:
             lines=lines,
             context=self._context,
             backlog=self._backlog,
+            ledger=self._ledger,
             sessions=self._sessions,
             fork=self._fork,
             image_tokens=ask.reserve_tokens // 2,
@@ -193,6 +197,8 @@ class Engine:
             self._counters.add("frames")
             self._counters.add("refused_frames")
             return
+        if isinstance(observation, Reading):
+            self._ledger.hear(observation)
         self._backlog.put(observation)
         self._work.set()
 

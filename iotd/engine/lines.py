@@ -9,6 +9,7 @@ from datetime import datetime
 
 from iotd.engine.backlog import Shot
 from iotd.engine.entry import Entry, Image, Part, Tokens, count_tokens
+from iotd.engine.ledger import Figures, describe
 from iotd.errors import InvalidInput
 from iotd.events import RGB, Reading
 from iotd.model import Model
@@ -62,6 +63,10 @@ class Lines:
             words = count_tokens(part for part in self._picture(before, None) if isinstance(part, list))
             shot.image, shot.rgb = self.image(shot.rgb, self._max_tokens - words), None
         return _entry(tuple(self._picture(before, shot.image)), shot.time_s)
+
+    def exact(self, figures: Iterable[Figures]) -> list[Tokens]:
+        """A line for each sensor, with its exact figures."""
+        return [self._plain(describe(each, _clock(each.time_s))) for each in figures]
 
     def next_turn(self) -> Tokens:
         """The end of an answer, and the beginning of the user's turn that follows it in a session."""

@@ -19,6 +19,7 @@ MAX_QUESTION_CHARS = 16_384
 MAX_STOPS = 16
 MAX_STOP_CHARS = 128
 MAX_CAMERA_CHARS = 256
+MAX_SENSOR_PATTERNS = 32
 REPLY_MARGIN_S = 0.025
 """Kept off the caller's gRPC deadline: past it, its library throws the answer away, so the last message must have
 crossed the network and its event loop by then (a few ms on a LAN, more over busy Wi-Fi)."""
@@ -48,6 +49,9 @@ def parse(request: iotd_pb2.AskRequest, arrived_s: float, ends_s: float, limits:
     """The ask without its images: those take `decode_images`, off the event loop. Raises InvalidInput."""
     _check_question(request.question)
     _check_size("camera", len(request.camera), MAX_CAMERA_CHARS, " characters")
+    _check_size("sensors", len(request.sensors), MAX_SENSOR_PATTERNS, "")
+    for index, pattern in enumerate(request.sensors):
+        _check_size(f"sensors[{index}]", len(pattern), MAX_CAMERA_CHARS, " characters")
     if request.catch_up and not request.session:
         raise InvalidInput("catch_up is for a question that goes on from a session", field="catch_up")
     _check_size("images", len(request.images), limits.max_images, "")
@@ -60,6 +64,8 @@ def parse(request: iotd_pb2.AskRequest, arrived_s: float, ends_s: float, limits:
         session=request.session or None,
         keep_session=request.keep_session,
         catch_up=request.catch_up,
+        exact_readings=request.exact_readings or bool(request.sensors),
+        sensors=tuple(request.sensors),
         sampling=_sampling(request.sampling, limits),
     )
 

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12iotd/v1/iotd.proto\x12\x07iotd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf8\x01\n\nAskRequest\x12\x10\n\x08question\x18\x01 \x01(\t\x12\x0e\n\x06images\x18\x02 \x03(\x0c\x12\x0e\n\x06\x63\x61mera\x18\x03 \x01(\t\x12)\n\x06\x62udget\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x0buse_context\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.iotd.v1.SamplingOptions\x12\x0f\n\x07session\x18\x07 \x01(\t\x12\x14\n\x0ckeep_session\x18\x08 \x01(\x08\x12\x10\n\x08\x63\x61tch_up\x18\t \x01(\x08\x42\x0e\n\x0c_use_context\"\xa1\x02\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x15\n\x08thinking\x18\x08 \x01(\x08H\x06\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x13\n\x11_presence_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_thinking\"\x83\x01\n\x08\x41skEvent\x12(\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x14.iotd.v1.AskAcceptedH\x00\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.iotd.v1.AskDeltaH\x00\x12 \n\x04\x64one\x18\x03 \x01(\x0b\x32\x10.iotd.v1.AskDoneH\x00\x42\x07\n\x05\x65vent\"9\n\x0b\x41skAccepted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0equeue_position\x18\x02 \x01(\x05\"\x18\n\x08\x41skDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x8a\x01\n\x07\x41skDone\x12,\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x15.iotd.v1.FinishReason\x12\x1d\n\x05usage\x18\x02 \x01(\x0b\x32\x0e.iotd.v1.Usage\x12!\n\x07timings\x18\x03 \x01(\x0b\x32\x10.iotd.v1.Timings\x12\x0f\n\x07session\x18\x04 \x01(\t\"g\n\x05Usage\x12\x16\n\x0e\x63ontext_tokens\x18\x01 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x05\x12\x14\n\x0cimage_tokens\x18\x03 \x01(\x05\x12\x19\n\x11generation_tokens\x18\x04 \x01(\x05\"\x8e\x02\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05image\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_token\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x12\n\x10GetStatusRequest\"\xa9\x03\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.iotd.v1.ServingState\x12)\n\x06uptime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x07\x63ontext\x18\x05 \x01(\x0b\x32\x16.iotd.v1.ContextStatus\x12\x13\n\x0bqueue_depth\x18\x06 \x01(\x05\x12\x0f\n\x07\x62\x61\x63klog\x18\x07 \x01(\x05\x12\x13\n\x0bstate_bytes\x18\x08 \x01(\x03\x12\x1d\n\x15resident_memory_bytes\x18\t \x01(\x03\x12!\n\x04mqtt\x18\n \x01(\x0b\x32\x13.iotd.v1.MqttStatus\x12:\n\x08\x63ounters\x18\x0b \x03(\x0b\x32(.iotd.v1.GetStatusResponse.CountersEntry\x12\x10\n\x08sessions\x18\x0c \x01(\x05\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xa4\x01\n\rContextStatus\x12\x0e\n\x06tokens\x18\x01 \x01(\x05\x12\x15\n\rwindow_tokens\x18\x02 \x01(\x05\x12\x35\n\x11oldest_event_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x11newest_event_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xbb\x01\n\nMqttStatus\x12\x11\n\tconnected\x18\x01 \x01(\x08\x12\x0e\n\x06\x62roker\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\t\x12\x12\n\nreconnects\x18\x04 \x01(\x03\x12\x33\n\x08\x63ounters\x18\x05 \x03(\x0b\x32!.iotd.v1.MqttStatus.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*\x96\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x18\n\x14\x46INISH_REASON_BUDGET\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04*\x7f\n\x0cServingState\x12\x1d\n\x19SERVING_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVING_STATE_LOADING\x10\x01\x12\x19\n\x15SERVING_STATE_SERVING\x10\x02\x12\x1a\n\x16SERVING_STATE_DRAINING\x10\x03\x32{\n\x04Iotd\x12/\n\x03\x41sk\x12\x13.iotd.v1.AskRequest\x1a\x11.iotd.v1.AskEvent0\x01\x12\x42\n\tGetStatus\x12\x19.iotd.v1.GetStatusRequest\x1a\x1a.iotd.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12iotd/v1/iotd.proto\x12\x07iotd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa1\x02\n\nAskRequest\x12\x10\n\x08question\x18\x01 \x01(\t\x12\x0e\n\x06images\x18\x02 \x03(\x0c\x12\x0e\n\x06\x63\x61mera\x18\x03 \x01(\t\x12)\n\x06\x62udget\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x0buse_context\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.iotd.v1.SamplingOptions\x12\x0f\n\x07session\x18\x07 \x01(\t\x12\x14\n\x0ckeep_session\x18\x08 \x01(\x08\x12\x10\n\x08\x63\x61tch_up\x18\t \x01(\x08\x12\x16\n\x0e\x65xact_readings\x18\n \x01(\x08\x12\x0f\n\x07sensors\x18\x0b \x03(\tB\x0e\n\x0c_use_context\"\xa1\x02\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x15\n\x08thinking\x18\x08 \x01(\x08H\x06\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x13\n\x11_presence_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_thinking\"\x83\x01\n\x08\x41skEvent\x12(\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x14.iotd.v1.AskAcceptedH\x00\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.iotd.v1.AskDeltaH\x00\x12 \n\x04\x64one\x18\x03 \x01(\x0b\x32\x10.iotd.v1.AskDoneH\x00\x42\x07\n\x05\x65vent\"9\n\x0b\x41skAccepted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0equeue_position\x18\x02 \x01(\x05\"\x18\n\x08\x41skDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x8a\x01\n\x07\x41skDone\x12,\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x15.iotd.v1.FinishReason\x12\x1d\n\x05usage\x18\x02 \x01(\x0b\x32\x0e.iotd.v1.Usage\x12!\n\x07timings\x18\x03 \x01(\x0b\x32\x10.iotd.v1.Timings\x12\x0f\n\x07session\x18\x04 \x01(\t\"g\n\x05Usage\x12\x16\n\x0e\x63ontext_tokens\x18\x01 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x05\x12\x14\n\x0cimage_tokens\x18\x03 \x01(\x05\x12\x19\n\x11generation_tokens\x18\x04 \x01(\x05\"\x8e\x02\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05image\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_token\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x12\n\x10GetStatusRequest\"\xa9\x03\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.iotd.v1.ServingState\x12)\n\x06uptime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x07\x63ontext\x18\x05 \x01(\x0b\x32\x16.iotd.v1.ContextStatus\x12\x13\n\x0bqueue_depth\x18\x06 \x01(\x05\x12\x0f\n\x07\x62\x61\x63klog\x18\x07 \x01(\x05\x12\x13\n\x0bstate_bytes\x18\x08 \x01(\x03\x12\x1d\n\x15resident_memory_bytes\x18\t \x01(\x03\x12!\n\x04mqtt\x18\n \x01(\x0b\x32\x13.iotd.v1.MqttStatus\x12:\n\x08\x63ounters\x18\x0b \x03(\x0b\x32(.iotd.v1.GetStatusResponse.CountersEntry\x12\x10\n\x08sessions\x18\x0c \x01(\x05\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xa4\x01\n\rContextStatus\x12\x0e\n\x06tokens\x18\x01 \x01(\x05\x12\x15\n\rwindow_tokens\x18\x02 \x01(\x05\x12\x35\n\x11oldest_event_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x11newest_event_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xbb\x01\n\nMqttStatus\x12\x11\n\tconnected\x18\x01 \x01(\x08\x12\x0e\n\x06\x62roker\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\t\x12\x12\n\nreconnects\x18\x04 \x01(\x03\x12\x33\n\x08\x63ounters\x18\x05 \x03(\x0b\x32!.iotd.v1.MqttStatus.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*\x96\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x18\n\x14\x46INISH_REASON_BUDGET\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04*\x7f\n\x0cServingState\x12\x1d\n\x19SERVING_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVING_STATE_LOADING\x10\x01\x12\x19\n\x15SERVING_STATE_SERVING\x10\x02\x12\x1a\n\x16SERVING_STATE_DRAINING\x10\x03\x32{\n\x04Iotd\x12/\n\x03\x41sk\x12\x13.iotd.v1.AskRequest\x1a\x11.iotd.v1.AskEvent0\x01\x12\x42\n\tGetStatus\x12\x19.iotd.v1.GetStatusRequest\x1a\x1a.iotd.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,38 +37,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_options = b'8\001'
   _globals['_MQTTSTATUS_COUNTERSENTRY']._loaded_options = None
   _globals['_MQTTSTATUS_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2183
-  _globals['_FINISHREASON']._serialized_end=2333
-  _globals['_SERVINGSTATE']._serialized_start=2335
-  _globals['_SERVINGSTATE']._serialized_end=2462
+  _globals['_FINISHREASON']._serialized_start=2224
+  _globals['_FINISHREASON']._serialized_end=2374
+  _globals['_SERVINGSTATE']._serialized_start=2376
+  _globals['_SERVINGSTATE']._serialized_end=2503
   _globals['_ASKREQUEST']._serialized_start=97
-  _globals['_ASKREQUEST']._serialized_end=345
-  _globals['_SAMPLINGOPTIONS']._serialized_start=348
-  _globals['_SAMPLINGOPTIONS']._serialized_end=637
-  _globals['_ASKEVENT']._serialized_start=640
-  _globals['_ASKEVENT']._serialized_end=771
-  _globals['_ASKACCEPTED']._serialized_start=773
-  _globals['_ASKACCEPTED']._serialized_end=830
-  _globals['_ASKDELTA']._serialized_start=832
-  _globals['_ASKDELTA']._serialized_end=856
-  _globals['_ASKDONE']._serialized_start=859
-  _globals['_ASKDONE']._serialized_end=997
-  _globals['_USAGE']._serialized_start=999
-  _globals['_USAGE']._serialized_end=1102
-  _globals['_TIMINGS']._serialized_start=1105
-  _globals['_TIMINGS']._serialized_end=1375
-  _globals['_GETSTATUSREQUEST']._serialized_start=1377
-  _globals['_GETSTATUSREQUEST']._serialized_end=1395
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1398
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1823
-  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_start=1776
-  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_end=1823
-  _globals['_CONTEXTSTATUS']._serialized_start=1826
-  _globals['_CONTEXTSTATUS']._serialized_end=1990
-  _globals['_MQTTSTATUS']._serialized_start=1993
-  _globals['_MQTTSTATUS']._serialized_end=2180
-  _globals['_MQTTSTATUS_COUNTERSENTRY']._serialized_start=1776
-  _globals['_MQTTSTATUS_COUNTERSENTRY']._serialized_end=1823
-  _globals['_IOTD']._serialized_start=2464
-  _globals['_IOTD']._serialized_end=2587
+  _globals['_ASKREQUEST']._serialized_end=386
+  _globals['_SAMPLINGOPTIONS']._serialized_start=389
+  _globals['_SAMPLINGOPTIONS']._serialized_end=678
+  _globals['_ASKEVENT']._serialized_start=681
+  _globals['_ASKEVENT']._serialized_end=812
+  _globals['_ASKACCEPTED']._serialized_start=814
+  _globals['_ASKACCEPTED']._serialized_end=871
+  _globals['_ASKDELTA']._serialized_start=873
+  _globals['_ASKDELTA']._serialized_end=897
+  _globals['_ASKDONE']._serialized_start=900
+  _globals['_ASKDONE']._serialized_end=1038
+  _globals['_USAGE']._serialized_start=1040
+  _globals['_USAGE']._serialized_end=1143
+  _globals['_TIMINGS']._serialized_start=1146
+  _globals['_TIMINGS']._serialized_end=1416
+  _globals['_GETSTATUSREQUEST']._serialized_start=1418
+  _globals['_GETSTATUSREQUEST']._serialized_end=1436
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1439
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1864
+  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_start=1817
+  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_end=1864
+  _globals['_CONTEXTSTATUS']._serialized_start=1867
+  _globals['_CONTEXTSTATUS']._serialized_end=2031
+  _globals['_MQTTSTATUS']._serialized_start=2034
+  _globals['_MQTTSTATUS']._serialized_end=2221
+  _globals['_MQTTSTATUS_COUNTERSENTRY']._serialized_start=1817
+  _globals['_MQTTSTATUS_COUNTERSENTRY']._serialized_end=1864
+  _globals['_IOTD']._serialized_start=2505
+  _globals['_IOTD']._serialized_end=2628
 # @@protoc_insertion_point(module_scope)
