@@ -18,15 +18,17 @@ from typing import Any
 from msgspec.structs import replace
 
 from iotd import __version__
+from iotd.address import split_address
 from iotd.config import Config
 from iotd.engine import Engine, Snapshot
 from iotd.errors import ConfigError, IotdError
-from iotd.events import EngineStatus, ServerStatus
+from iotd.events import Answered, EngineStatus, ServerStatus
 from iotd.ingest import decode_image
 from iotd.model import Model
 from iotd.mqtt import Link
 from iotd.mqtt.probe import probe
 from iotd.ops import board, logs, preflight, snapshots
+from iotd.ops.metrics import Metrics
 from iotd.ops.systemd import Notifier
 from iotd.rpc import Server
 from iotd.rpc.listen import check as check_listen
@@ -70,12 +72,15 @@ def threads(config: Config) -> int:
     return config.model.threads or max(1, min(4, board.cores() - 1))
 
 
-def open_engine(config: Config) -> Engine:
-    """The configured model in an engine that has not started. Raises PackageError, or ConfigError naming the key."""
+def open_engine(config: Config, on_answer: Callable[[Answered], None] | None = None) -> Engine:
+    """The configured model in an engine that has not started. on_answer: told how each ask ended.
+
+    Raises PackageError, or ConfigError naming the key.
+    """
     settings = config.model
     model = Model.open(settings.path, threads=threads(config), max_image_pixels=settings.max_image_pixels)
     preflight.check_positions(config, model.spec)
-    return Engine(model, config.context, config.ask)
+    return Engine(model, config.context, config.ask, on_answer=on_answer)
 
 
 class Daemon:
@@ -91,6 +96,7 @@ class Daemon:
         self._link: Link | None = None
         decode = functools.partial(decode_image, max_pixels=config.mqtt.max_pixels)
         self._server = Server(None, self.status, config.grpc, ask=config.ask, decode_image=decode)
+        self._metrics = Metrics(self.status, time.time)
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._stopping = False
         self._stalled = False
@@ -104,6 +110,8 @@ class Daemon:
         self._watch_signals()
         try:
             port = await self._server.start()
+            if self._config.metrics.listen:
+                log.info("metrics", extra={"http": self._metrics.start(*split_address(self._config.metrics.listen))})
             log.info("loading %s", self._config.model.path)
             engine = await self._loaded()
             if engine is not None:
@@ -123,6 +131,7 @@ class Daemon:
             state=self._server.state,
             uptime_s=time.monotonic() - self._started_s,
             resident_nbytes=board.resident_nbytes(),
+            temperature_c=board.temperature_c(),
             engine=self._engine.status() if self._engine else _not_loaded(self._config.context.window),
             link=self._link.status() if self._link else None,
         )
@@ -157,7 +166,7 @@ class Daemon:
 
     def _load(self, loop: asyncio.AbstractEventLoop, result: "asyncio.Future[Engine]") -> None:
         try:
-            engine = open_engine(self._config)
+            engine = open_engine(self._config, self._metrics.answered)
             if self._config.snapshot.path:
                 engine.restore(functools.partial(snapshots.load, Path(self._config.snapshot.path)))
             engine.start()
@@ -285,6 +294,7 @@ class Daemon:
         if self._link is not None:
             await asyncio.to_thread(self._link.stop)
         await self._server.stop(GRACE_S)
+        await asyncio.to_thread(self._metrics.stop)
         log.info("stopped")
 
 
@@ -300,6 +310,7 @@ def _not_loaded(window: int) -> EngineStatus:
         backlog=0,
         state_nbytes=0,
         sessions=0,
+        recent=(),
         counters={},
     )
 

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -70,7 +71,21 @@ CONFIG = click.option(
     type=click.Path(path_type=Path),
     help=f"YAML file; without it {DEFAULT_CONFIG}, or the defaults where there is none.",
 )
+TARGET = click.option(
+    "--target", default=DEFAULT_TARGET, envvar="IOTD_TARGET", show_default=True, help="HOST:PORT of the daemon."
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Write JSON, for scripts.")
+
+
+def TLS(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802 - stands among options
+    """The files of a client's TLS."""
+    for option in (
+        click.option("--key-file", type=FILE, help="Its key."),
+        click.option("--cert-file", type=FILE, help="This client's certificate, for mutual TLS."),
+        click.option("--ca-file", type=FILE, help="Authority of the daemon's certificate; turns TLS on."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -125,6 +140,41 @@ def check(config: Path | None, as_json: bool) -> int:
     return 0 if all(f.ok for f in findings) else 1
 
 
+@commands.command()
+@TARGET
+@TLS
+@click.option("--every", "every_s", type=DURATION, default=1.0, show_default=True, help="Between two looks.")
+@click.option("--once", is_flag=True, help="Look once, and end.")
+@JSON
+def top(target: str, every_s: float, once: bool, as_json: bool, **files: Any) -> None:
+    """Show live what the daemon is doing: context, queue, speeds, last answers, memory."""
+    from iotd.client import Client
+    from iotd.ops.top import lines
+
+    with Client(target, **files) as client, _screen(as_json or once) as show:
+        before = None
+        while True:
+            now = client.status()
+            show(json.dumps(_plain(now)) if as_json else "\n".join(lines(now, before, time.time())))
+            if once:
+                return
+            before = now
+            time.sleep(every_s)
+
+
+@contextmanager
+def _screen(plain: bool) -> Iterator[Callable[[str], None]]:
+    """Shows one text after another: in one place on a terminal, below each other elsewhere."""
+    if plain or not sys.stdout.isatty():
+        yield click.echo
+        return
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(auto_refresh=False, screen=True) as live:
+        yield lambda text: live.update(Text(text), refresh=True)
+
+
 @commands.group()
 def state() -> None:
     """The saved context, from which a restart goes on."""
@@ -170,12 +220,8 @@ def clear(config: Path | None) -> None:
 @click.option("--image", "images", type=FILE, multiple=True, help="JPEG or PNG put before the question; repeatable.")
 @click.option("--camera", help="Puts this camera's newest frame before the question.")
 @click.option("--budget", type=DURATION, help="Time for the whole answer, such as 2s; the server's default otherwise.")
-@click.option(
-    "--target", default=DEFAULT_TARGET, envvar="IOTD_TARGET", show_default=True, help="HOST:PORT of the daemon."
-)
-@click.option("--ca-file", type=FILE, help="Authority of the daemon's certificate; turns TLS on.")
-@click.option("--cert-file", type=FILE, help="This client's certificate, for mutual TLS.")
-@click.option("--key-file", type=FILE, help="Its key.")
+@TARGET
+@TLS
 @click.option("--no-context", is_flag=True, help="Ask the model alone, without the stream of readings.")
 @click.option("--exact", is_flag=True, help="Put exact figures of the sensors it names before the question.")
 @click.option("--sensor", "sensors", multiple=True, help="The same, of this label or pattern; repeatable.")

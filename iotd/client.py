@@ -27,6 +27,7 @@ from iotd import errors
 from iotd.address import split_address
 from iotd.events import (
     Accepted,
+    Answered,
     Done,
     EngineStatus,
     FinishReason,
@@ -366,20 +367,32 @@ def _content(path: PemFile) -> bytes:
 
 
 def _done(done: iotd_pb2.AskDone) -> Done:
-    usage, timings = done.usage, done.timings
     return Done(
         _FINISH_REASONS.get(done.finish_reason, FinishReason.STOP),
-        Usage(usage.context_tokens, usage.prompt_tokens, usage.image_tokens, usage.generation_tokens),
-        Timings(
-            queue_s=_seconds(timings.queue),
-            image_s=_seconds(timings.image),
-            prefill_s=_seconds(timings.prefill),
-            decode_s=_seconds(timings.decode),
-            first_token_s=_seconds(timings.first_token),
-            total_s=_seconds(timings.total),
-        ),
+        _usage(done.usage),
+        _timings(done.timings),
         done.session,
     )
+
+
+def _usage(usage: iotd_pb2.Usage) -> Usage:
+    return Usage(usage.context_tokens, usage.prompt_tokens, usage.image_tokens, usage.generation_tokens)
+
+
+def _timings(timings: iotd_pb2.Timings) -> Timings:
+    return Timings(
+        queue_s=_seconds(timings.queue),
+        image_s=_seconds(timings.image),
+        prefill_s=_seconds(timings.prefill),
+        decode_s=_seconds(timings.decode),
+        first_token_s=_seconds(timings.first_token),
+        total_s=_seconds(timings.total),
+    )
+
+
+def _answered(answer: iotd_pb2.AnswerSummary) -> Answered:
+    usage, timings = _usage(answer.usage), _timings(answer.timings)
+    return Answered(answer.request_id, answer.outcome, _seconds(answer.budget), usage, timings)
 
 
 # A number that a newer server sends and this client does not know falls back to the first of each kind.
@@ -400,12 +413,13 @@ def _status(response: iotd_pb2.GetStatusResponse) -> ServerStatus:
         backlog=response.backlog,
         state_nbytes=response.state_bytes,
         sessions=response.sessions,
+        recent=tuple(map(_answered, response.recent_answers)),
         counters=dict(response.counters),
     )
     link = _link(response.mqtt) if response.HasField("mqtt") else None
-    return ServerStatus(
-        response.version, state, _seconds(response.uptime), response.resident_memory_bytes, engine, link
-    )
+    temperature_c = response.soc_temperature_celsius if response.HasField("soc_temperature_celsius") else None
+    uptime_s, resident = _seconds(response.uptime), response.resident_memory_bytes
+    return ServerStatus(response.version, state, uptime_s, resident, temperature_c, engine, link)
 
 
 def _link(mqtt: iotd_pb2.MqttStatus) -> LinkStatus:

@@ -123,6 +123,13 @@ class GrpcConfig(_Section, frozen=True):
     max_message_bytes: Bytes = 16 * 1024 * 1024
 
 
+class MetricsConfig(_Section, frozen=True):
+    listen: str = ""
+    """`host:port` of Prometheus metrics over plain HTTP, at /metrics; empty serves none. Port 0 takes a free one."""
+    insecure: bool = False
+    """Allows an address other than loopback."""
+
+
 class SnapshotConfig(_Section, frozen=True):
     path: str = "/var/lib/iotd/context.snapshot"
     """File the context is saved to, so that a restart is warm; empty saves nothing."""
@@ -143,6 +150,7 @@ class Config(_Section, frozen=True):
     ask: AskConfig = AskConfig()
     mqtt: MqttConfig = MqttConfig()
     grpc: GrpcConfig = GrpcConfig()
+    metrics: MetricsConfig = MetricsConfig()
     snapshot: SnapshotConfig = SnapshotConfig()
     log: LogConfig = LogConfig()
 
@@ -365,6 +373,7 @@ def _contradictions(config: Config) -> Iterator[Problem]:
     if config.ask.max_tokens > config.ask.reserve_tokens:
         yield "ask.max_tokens", f"{config.ask.max_tokens} is more than ask.reserve_tokens, {config.ask.reserve_tokens}"
     yield from grpc_contradictions(config.grpc)
+    yield from _metrics_contradictions(config.metrics)
     yield from _mqtt_contradictions(config.mqtt)
 
 
@@ -384,6 +393,21 @@ def grpc_contradictions(grpc: GrpcConfig) -> Iterator[Problem]:
         yield (
             "grpc.listen",
             f"{grpc.listen!r} is open to other machines; set tls_cert_file and tls_key_file, or insecure: true",
+        )
+
+
+def _metrics_contradictions(metrics: MetricsConfig) -> Iterator[Problem]:
+    if not metrics.listen:
+        return
+    try:
+        host, _ = split_address(metrics.listen)
+    except ValueError:
+        yield "metrics.listen", f"{metrics.listen!r} is not allowed; use host:port, such as 127.0.0.1:9551"
+        return
+    if not (is_loopback(host) or metrics.insecure):
+        yield (
+            "metrics.listen",
+            f"{metrics.listen!r} is open to other machines; allow it with insecure: true",
         )
 
 

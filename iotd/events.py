@@ -162,6 +162,19 @@ class Failed:
     error: IotdError
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """How one ask ended, without its words."""
+
+    request_id: str
+    outcome: str
+    """The finish reason's value, or the error's code."""
+    budget_s: float
+    usage: Usage
+    timings: Timings
+    """All 0 where it failed."""
+
+
 AnswerEvent = Accepted | Delta | Done | Failed
 
 
@@ -183,6 +196,8 @@ class EngineStatus:
     state_nbytes: int
     sessions: int
     """Conversations that can be gone on with."""
+    recent: tuple[Answered, ...]
+    """The asks that ended last, the newest at the end."""
     counters: dict[str, int]
     """Monotonic counts since start: readings, frames, dropped_readings, dropped_frames, context_swaps, asks,
     prompt_tokens, generation_tokens, and so on."""
@@ -219,6 +234,8 @@ class ServerStatus:
     state: ServingState
     uptime_s: float
     resident_nbytes: int
+    temperature_c: float | None
+    """Of the processor; None where the board does not tell."""
     engine: EngineStatus
     link: LinkStatus | None
     """None where no broker is configured."""

@@ -15,6 +15,7 @@ from iotd.errors import InvalidInput, IotdError
 from iotd.events import (
     RGB,
     Accepted,
+    Answered,
     AnswerEvent,
     Ask,
     Delta,
@@ -44,6 +45,7 @@ STATUS = ServerStatus(
     state=ServingState.SERVING,
     uptime_s=12.5,
     resident_nbytes=5_000_000_000,
+    temperature_c=51.5,
     engine=EngineStatus(
         model="tiny",
         ready=True,
@@ -55,6 +57,7 @@ STATUS = ServerStatus(
         backlog=3,
         state_nbytes=40_000_000,
         sessions=3,
+        recent=(Answered("ask-7", "stop", 2.0, DONE.usage, DONE.timings),),
         counters={"readings": 5, "asks": 2},
     ),
     link=LinkStatus(

@@ -6,15 +6,18 @@ Any thread admits and ends; one thread takes. Knows no model, and a clock only a
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from statistics import fmean
 
 from iotd.counters import Counters
 from iotd.engine.call import Call
 from iotd.errors import DeadlineExceeded, Overloaded, Unavailable
-from iotd.events import Done, Failed, FinishReason
+from iotd.events import Answered, Done, Failed, FinishReason, Timings
 
 log = logging.getLogger(__name__)
 
+SHOWN = 8
+"""Asks whose ends are told in the status."""
 RECENT = 16
 """Asks whose mean duration says when a refused one may try again."""
 
@@ -22,7 +25,8 @@ RECENT = 16
 class Asks:
     """A short queue and the one ask that runs. Refuses everything until it is opened."""
 
-    def __init__(self, capacity: int, counters: Counters) -> None:
+    def __init__(self, capacity: int, counters: Counters, on_answer: Callable[[Answered], None] | None = None) -> None:
+        """on_answer: told how each ask ended, on the thread that ends it. Must not block."""
         self._capacity = capacity
         self._counters = counters
         self._changed = threading.Condition()
@@ -30,6 +34,9 @@ class Asks:
         self._running: Call | None = None
         self._draining = False
         self._refusal = "the model is still loading"
+        self._on_answer = on_answer
+        self.recent: deque[Answered] = deque(maxlen=SHOWN)
+        """The asks that ended last."""
         self._recent_s: deque[float] = deque([1.0], maxlen=RECENT)
 
     @property
@@ -113,6 +120,10 @@ class Asks:
         self._counters.add(_name(event))
         if isinstance(event, Failed) and isinstance(event.error, DeadlineExceeded):
             log.info("%s had no word by its deadline: %s", call.request_id, call.trace())
+        answered = _answered(call, event)
+        self.recent.append(answered)
+        if self._on_answer is not None:
+            self._on_answer(answered)
         return True
 
     def settle(self, now_s: float) -> None:
@@ -147,6 +158,13 @@ class Asks:
 
     def _depth(self) -> int:
         return len(self._waiting) + (self._running is not None)
+
+
+def _answered(call: Call, event: Done | Failed) -> Answered:
+    budget_s = call.ask.deadline_s - call.ask.arrived_s
+    if isinstance(event, Done):
+        return Answered(call.request_id, event.finish_reason.value, budget_s, event.usage, event.timings)
+    return Answered(call.request_id, event.error.code, budget_s, call.usage(), Timings())
 
 
 def _name(event: Done | Failed) -> str:

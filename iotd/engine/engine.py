@@ -27,7 +27,7 @@ from iotd.engine.sessions import Sessions
 from iotd.engine.snapshot import Snapshot
 from iotd.engine.worker import Worker
 from iotd.errors import InvalidInput, NotFound, SnapshotError
-from iotd.events import MAX_CAMERAS, Accepted, Ask, EngineStatus, Frame, Observation, Reading
+from iotd.events import MAX_CAMERAS, Accepted, Answered, Ask, EngineStatus, Frame, Observation, Reading
 from iotd.model import Model
 
 log = logging.getLogger(__name__)
@@ -84,15 +84,23 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, context: ContextConfig, ask: AskConfig, clock: Callable[[], float] = time.monotonic
+        self,
+        model: Model,
+        context: ContextConfig,
+        ask: AskConfig,
+        clock: Callable[[], float] = time.monotonic,
+        on_answer: Callable[[Answered], None] | None = None,
     ) -> None:
-        """Allocate all the state there will ever be. Raises ConfigError where the system prompt is too long."""
+        """Allocate all the state there will be, but for sessions. on_answer: told how each ask ended; must not block.
+
+        Raises ConfigError where the system prompt is too long.
+        """
         self._model = model
         self._window = context.window
         self._clock = clock
         self._counters = Counters(COUNTS)
         self._backlog = Backlog(context.backlog, MAX_CAMERAS, self._counters)
-        self._asks = Asks(ask.queue, self._counters)
+        self._asks = Asks(ask.queue, self._counters, on_answer)
         lines = Lines(model, max_tokens=context.window // 4)
         chunk_tokens = min(context.chunk_tokens, context.window // 4)
         self._context = Context(
@@ -241,6 +249,7 @@ class Engine:
             backlog=len(self._backlog),
             state_nbytes=self._context.nbytes + self._fork.nbytes + self._sessions.nbytes,
             sessions=len(self._sessions),
+            recent=tuple(self._asks.recent),
             counters=self._counters.snapshot(),
         )
 

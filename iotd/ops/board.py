@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 PROC = Path("/proc")
+THERMAL = Path("/sys/class/thermal")
 
 
 def resident_nbytes(pid: int | None = None) -> int:
@@ -21,6 +22,15 @@ def available_nbytes() -> int | None:
     for line in _lines(PROC / "meminfo"):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
+    return None
+
+
+def temperature_c() -> float | None:
+    """The processor's temperature, °C."""
+    for zone in sorted(THERMAL.glob("thermal_zone*/temp")):
+        lines = _lines(zone)
+        if lines and lines[0].lstrip("-").isdigit():
+            return int(lines[0]) / 1000
     return None
 
 

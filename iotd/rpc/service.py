@@ -16,8 +16,7 @@ from iotd.events import RGB, Accepted, AnswerEvent, Delta, Done, Failed, ServerS
 from iotd.rpc import request as requests
 from iotd.rpc.errors import errors_as_status
 from iotd.rpc.mailbox import Mailbox
-from iotd.rpc.status import to_response
-from iotd.rpc.times import duration
+from iotd.rpc.status import to_response, to_timings, to_usage
 from iotd.v1 import iotd_pb2, iotd_pb2_grpc
 
 MAX_OPEN_ASKS = 64
@@ -178,24 +177,11 @@ def _accepted_event(accepted: Accepted) -> iotd_pb2.AskEvent:
 
 
 def _done_event(done: Done) -> iotd_pb2.AskEvent:
-    usage, timings = done.usage, done.timings
     return iotd_pb2.AskEvent(
         done=iotd_pb2.AskDone(
             finish_reason=f"FINISH_REASON_{done.finish_reason.name}",
             session=done.session,
-            usage=iotd_pb2.Usage(
-                context_tokens=usage.context_tokens,
-                prompt_tokens=usage.prompt_tokens,
-                image_tokens=usage.image_tokens,
-                generation_tokens=usage.generation_tokens,
-            ),
-            timings=iotd_pb2.Timings(
-                queue=duration(timings.queue_s),
-                image=duration(timings.image_s),
-                prefill=duration(timings.prefill_s),
-                decode=duration(timings.decode_s),
-                first_token=duration(timings.first_token_s) if timings.first_token_s else None,
-                total=duration(timings.total_s),
-            ),
+            usage=to_usage(done.usage),
+            timings=to_timings(done.timings),
         )
     )

@@ -2,7 +2,7 @@
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from iotd.events import EngineStatus, LinkStatus, ServerStatus
+from iotd.events import Answered, EngineStatus, LinkStatus, ServerStatus, Timings, Usage
 from iotd.rpc.times import duration
 from iotd.v1 import iotd_pb2
 
@@ -20,9 +20,41 @@ def to_response(status: ServerStatus) -> iotd_pb2.GetStatusResponse:
         backlog=engine.backlog,
         state_bytes=engine.state_nbytes,
         sessions=engine.sessions,
+        recent_answers=map(_answered, engine.recent),
+        soc_temperature_celsius=status.temperature_c,
         resident_memory_bytes=status.resident_nbytes,
         mqtt=_mqtt(status.link) if status.link else None,
         counters=engine.counters,
+    )
+
+
+def to_usage(usage: Usage) -> iotd_pb2.Usage:
+    return iotd_pb2.Usage(
+        context_tokens=usage.context_tokens,
+        prompt_tokens=usage.prompt_tokens,
+        image_tokens=usage.image_tokens,
+        generation_tokens=usage.generation_tokens,
+    )
+
+
+def to_timings(timings: Timings) -> iotd_pb2.Timings:
+    return iotd_pb2.Timings(
+        queue=duration(timings.queue_s),
+        image=duration(timings.image_s),
+        prefill=duration(timings.prefill_s),
+        decode=duration(timings.decode_s),
+        first_token=duration(timings.first_token_s) if timings.first_token_s else None,
+        total=duration(timings.total_s),
+    )
+
+
+def _answered(answer: Answered) -> iotd_pb2.AnswerSummary:
+    return iotd_pb2.AnswerSummary(
+        request_id=answer.request_id,
+        outcome=answer.outcome,
+        budget=duration(answer.budget_s),
+        usage=to_usage(answer.usage),
+        timings=to_timings(answer.timings) if answer.timings.total_s else None,
     )
 
 

@@ -150,7 +150,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "model", "state", "uptime", "context", "queue_depth", "backlog", "state_bytes", "resident_memory_bytes", "mqtt", "counters", "sessions")
+    __slots__ = ("version", "model", "state", "uptime", "context", "queue_depth", "backlog", "state_bytes", "resident_memory_bytes", "mqtt", "counters", "sessions", "recent_answers", "soc_temperature_celsius")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +170,8 @@ class GetStatusResponse(_message.Message):
     MQTT_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    RECENT_ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    SOC_TEMPERATURE_CELSIUS_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: str
     state: ServingState
@@ -182,7 +184,23 @@ class GetStatusResponse(_message.Message):
     mqtt: MqttStatus
     counters: _containers.ScalarMap[str, int]
     sessions: int
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., context: _Optional[_Union[ContextStatus, _Mapping]] = ..., queue_depth: _Optional[int] = ..., backlog: _Optional[int] = ..., state_bytes: _Optional[int] = ..., resident_memory_bytes: _Optional[int] = ..., mqtt: _Optional[_Union[MqttStatus, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[int] = ...) -> None: ...
+    recent_answers: _containers.RepeatedCompositeFieldContainer[AnswerSummary]
+    soc_temperature_celsius: float
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., context: _Optional[_Union[ContextStatus, _Mapping]] = ..., queue_depth: _Optional[int] = ..., backlog: _Optional[int] = ..., state_bytes: _Optional[int] = ..., resident_memory_bytes: _Optional[int] = ..., mqtt: _Optional[_Union[MqttStatus, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[int] = ..., recent_answers: _Optional[_Iterable[_Union[AnswerSummary, _Mapping]]] = ..., soc_temperature_celsius: _Optional[float] = ...) -> None: ...
+
+class AnswerSummary(_message.Message):
+    __slots__ = ("request_id", "outcome", "budget", "usage", "timings")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    outcome: str
+    budget: _duration_pb2.Duration
+    usage: Usage
+    timings: Timings
+    def __init__(self, request_id: _Optional[str] = ..., outcome: _Optional[str] = ..., budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class ContextStatus(_message.Message):
     __slots__ = ("tokens", "window_tokens", "oldest_event_time", "newest_event_time")
