@@ -1,5 +1,6 @@
 """Whatever the interleaving of events, asks, cancels and swaps: the answers are those of the plain reading."""
 
+import contextlib
 import logging
 from typing import Any
 
@@ -9,9 +10,13 @@ from fake_model import CONTROLS, FakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iotd.engine.context import SLACK_TOKENS
+from iotd.errors import NotFound
 from iotd.events import Done
 
 OPENING = f"<system>{SYSTEM}<end><user>"
+SESSIONS = {"session_bytes": 2 * (256 + SLACK_TOKENS + 256) * 8}
+"""Room for two of them."""
 CLOSE = 256 + CONTROLS.index("<close>")
 
 STEPS = st.lists(
@@ -22,6 +27,8 @@ STEPS = st.lists(
         st.tuples(st.just("look"), st.sampled_from(["door", "garden"])),
         st.tuples(st.just("cancel"), st.integers(0, 5)),
         st.tuples(st.just("turn"), st.integers(1, 20)),
+        st.tuples(st.just("talk"), st.integers(0, 5)),
+        st.tuples(st.just("restart"), st.booleans()),
     ),
     max_size=60,
 )
@@ -33,8 +40,9 @@ class Run:
     def __init__(self, chunk_tokens: int, fails: set[int]) -> None:
         self.n_runs = 0
         self.fails = fails
-        self.engine = DrivenEngine(FakeModel(), chunk_tokens=chunk_tokens)
+        self.engine = DrivenEngine(FakeModel(), chunk_tokens=chunk_tokens, **SESSIONS)
         self.engine.model.on_run = self.on_run
+        self.chunk_tokens = chunk_tokens
         self.asks: list[tuple[Sink, Any]] = []
         self.contexts = {tuple(self.engine.live.trace)}
         self.checked = 0
@@ -56,9 +64,38 @@ class Run:
             self.asks.append(engine.ask(use_context=value))
         elif step == "look" and value in engine.cameras() and engine.status().queue_depth < 8:
             self.asks.append(engine.ask(camera=value))
+        elif step == "talk" and engine.status().queue_depth < 8:
+            with contextlib.suppress(NotFound):  # one that made way
+                self.asks.append(engine.ask(**self.said(value)))
+        elif step == "restart":
+            self.restart(saving=value)
         elif step == "turn":
             for _ in range(value):
                 self.turn()
+
+    def said(self, value: int) -> dict[str, Any]:
+        """To keep a session, or to go on with one, now and then catching up."""
+        names = [sink.end.session for sink, _ in self.asks if isinstance(sink.end, Done) and sink.end.session]
+        if not names or value == 0:
+            return {"keep_session": True}
+        return {"session": names[value % len(names)], "catch_up": value % 2 == 0}
+
+    def restart(self, *, saving: bool) -> None:
+        """Once all is done; `saving` saves while it runs, as well, what a kill would leave."""
+        while self.turn():
+            pass
+        if self.engine.status().counters["defects"]:
+            return
+        snapshot = self.engine._snapshot()
+        if saving:
+            snapshot = self.engine._context.freeze()
+            self.engine._context.thaw()
+        live = list(self.engine.live.trace)
+        self.engine = DrivenEngine(FakeModel(), opened=False, chunk_tokens=self.chunk_tokens, **SESSIONS)
+        self.engine.restore(lambda: snapshot)
+        self.engine._asks.open()
+        self.engine.model.on_run = self.on_run
+        assert self.engine.live.trace == live
 
     def turn(self) -> bool:
         worked = self.engine.turn()
