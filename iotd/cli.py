@@ -468,6 +468,12 @@ def demo(for_s: float | None, seed: int | None, as_json: bool) -> int:
 @commands.command("eval")
 @click.argument("package", required=False, type=click.Path(path_type=Path))
 @click.option("--through-daemon", is_flag=True, help="Start a broker, and a daemon with PACKAGE for each home.")
+@click.option(
+    "--restart-every",
+    type=click.IntRange(0),
+    default=0,
+    help="With it: stop the daemon before each so many-th question, and go on from its snapshot.",
+)
 @click.option("--target", help="HOST:PORT of a running daemon, in PACKAGE's place; needs --broker.")
 @click.option("--broker", help="HOST:PORT of the broker that it reads the demo's topics from.")
 @click.option("--questions", type=click.IntRange(1), default=2000, show_default=True, help="How many to ask.")
@@ -496,12 +502,19 @@ def evaluate(questions: int, answers: IO[str] | None, show_wrong: int, as_json: 
 
 
 def _respondent(
-    package: Path | None, through_daemon: bool, target: str | None, broker: str | None, threads: int
+    package: Path | None,
+    through_daemon: bool,
+    restart_every: int,
+    target: str | None,
+    broker: str | None,
+    threads: int,
 ) -> "PackageRespondent | DaemonRespondent | FreshDaemonRespondent":
     if (package is None) == (target is None):
         raise click.UsageError("give either PACKAGE or --target")
     if (target is None) != (broker is None):
         raise click.UsageError("--target and --broker go together")
+    if restart_every and not through_daemon:
+        raise click.UsageError("--restart-every goes with --through-daemon")
     if through_daemon and target is not None:
         raise click.UsageError("--through-daemon starts daemons of its own: give PACKAGE in --target's place")
     from iotd.demo.respondents import DaemonRespondent, FreshDaemonRespondent, PackageRespondent
@@ -509,7 +522,11 @@ def _respondent(
     if package is None:
         assert target is not None and broker is not None
         return DaemonRespondent(target, broker)
-    return FreshDaemonRespondent(package, threads) if through_daemon else PackageRespondent(package, threads)
+    return (
+        FreshDaemonRespondent(package, threads, restart_every)
+        if through_daemon
+        else PackageRespondent(package, threads)
+    )
 
 
 def _tell_scores(outcomes: "Sequence[Outcome]", wrong: "Sequence[Outcome]", as_json: bool) -> None:

@@ -202,15 +202,16 @@ def test_a_running_daemon_is_asked_through_broker_and_grpc(
 
 
 def test_fresh_daemons_are_asked_what_the_package_is_asked(tiny_package: Path, tmp_path: Path) -> None:
-    files = [tmp_path / "direct.jsonl", tmp_path / "through.jsonl"]
-    for path, extra in zip(files, ([], ["--through-daemon"]), strict=True):
+    ways = {"direct": [], "through": ["--through-daemon"], "restarted": ["--through-daemon", "--restart-every", "4"]}
+    files = [tmp_path / f"{name}.jsonl" for name in ways]
+    for path, extra in zip(files, ways.values(), strict=True):
         result = iotd(str(tiny_package), "--questions", "4", "--threads", "1", "--answers", str(path), *extra)
         assert (result.returncode, result.stderr) == (0, "")
-    direct, through = (
+    direct, through, restarted = (
         [{key: line[key] for key in ("home", "index", "kind", "question", "expected")} for line in read_lines(path)]
         for path in files
     )
-    assert direct == through
+    assert direct == through == restarted
     assert len(direct) == 4
 
 
@@ -253,6 +254,7 @@ def test_json_is_one_object(tiny_package: Path) -> None:
         (["/no", "--target", "127.0.0.1:1"], "give either PACKAGE or --target"),
         (["--target", "127.0.0.1:1"], "--target and --broker go together"),
         (["--target", "127.0.0.1:1", "--broker", "127.0.0.1:1", "--through-daemon"], "--through-daemon"),
+        (["/no", "--restart-every", "3"], "--through-daemon"),
     ],
 )
 def test_wrong_usage_is_told(args: list[str], said: str) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
@@ -176,15 +177,21 @@ class DaemonRespondent:
 class FreshDaemonRespondent:
     """A broker, and a daemon of its own for each home."""
 
-    def __init__(self, package: Path, threads: int) -> None:
-        """Raises PackageError where the package cannot be opened."""
+    def __init__(self, package: Path, threads: int, restart_every: int = 0) -> None:
+        """restart_every: the daemon is stopped, and goes on from its snapshot, before each so many-th question.
+
+        Raises PackageError where the package cannot be opened.
+        """
         read_manifest(package)
         self._package, self._threads = package, threads
+        self._restart_every, self._n_asked = restart_every, 0
         self._stack, self._home = ExitStack(), ExitStack()
 
     def __enter__(self) -> Self:
         broker = self._stack.enter_context(embedded_broker())
         self._broker = broker.host, broker.port
+        if self._restart_every:
+            self._snapshot = Path(self._stack.enter_context(TemporaryDirectory())) / "context.snapshot"
         return self
 
     def __exit__(
@@ -196,9 +203,17 @@ class FreshDaemonRespondent:
     def begin(self) -> None:
         """Raises Unavailable where the daemon does not start."""
         self._home.close()
+        if self._restart_every:
+            self._snapshot.unlink(missing_ok=True)
+        self._start()
+
+    def _start(self) -> None:
+        sections: dict[str, dict[str, object]] = {"model": {"threads": self._threads}}
+        if self._restart_every:
+            sections["snapshot"] = {"path": str(self._snapshot)}
         with ExitStack() as stack:
             _, target = stack.enter_context(
-                home_daemon(self._package, self._broker, node="eval", start_s=START_S, model={"threads": self._threads})
+                home_daemon(self._package, self._broker, node="eval", start_s=START_S, **sections)
             )
             host, port = self._broker
             self._respondent = stack.enter_context(DaemonRespondent(target, f"{host}:{port}"))
@@ -208,6 +223,10 @@ class FreshDaemonRespondent:
         self._respondent.read(event)
 
     def answer(self, question: str) -> str:
+        self._n_asked += 1
+        if self._restart_every and self._n_asked % self._restart_every == 0:
+            self._home.close()
+            self._start()
         return self._respondent.answer(question)
 
 
