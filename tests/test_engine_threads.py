@@ -272,5 +272,5 @@ def test_many_threads_at_once_lose_no_ask_and_no_event() -> None:
         assert isinstance(listener.events[-1], Done | Failed)
     arrived = counters["readings"] + counters["frames"]
     read = counters["readings_read"] + counters["frames_read"]
-    dropped = counters["dropped_readings"] + counters["dropped_frames"]
+    dropped = counters["dropped_readings"] + counters["coalesced_readings"] + counters["dropped_frames"]
     assert arrived == 1200 == read + dropped + engine.status().backlog
