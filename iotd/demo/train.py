@@ -1,7 +1,7 @@
 """Trains the demo's model: transformers' own Qwen3.5, small, on conversations about simulated homes. Resumable.
 
     python -m iotd.demo.train RUN                    # train in the folder RUN, or go on there
-    python -m iotd.demo.train RUN --begin-with CHECKPOINT --stage long    # a new run, from what another has learnt
+    python -m iotd.demo.train RUN --begin-with CHECKPOINT --stage settle    # a new run, from what another has learnt
     python -m iotd.demo.train RUN --export FOLDER    # write what it has learnt as a checkpoint, with the curve
 
 The vision tower first learns to say what stands in each part of a picture; the text model to recall, from drills and
@@ -193,8 +193,8 @@ class Trainer:
         positions = torch.from_numpy(np.stack([row.positions for row in rows], axis=1))
         worth = torch.from_numpy(np.stack([row.worth for row in rows]))[:, 1:]
         counts, wanted = worth > 0, ids[:, 1:]
-        pictures = [picture for row in rows for picture in row.pictures]
-        seen = picture_inputs(pictures) if pictures else {}
+        scenes = [scene for row in rows for scene in row.scenes]
+        seen = picture_inputs([scene.rgb for scene in scenes]) if scenes else {}
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
             out = self.network.model(
                 input_ids=ids, position_ids=positions, use_cache=False, output_hidden_states=True, **seen
@@ -205,9 +205,9 @@ class Trainer:
         hits[counts] = logits.detach().argmax(-1) == wanted[counts]
         tally.answers(rows, hits.numpy())
         loss: Tensor = (losses * worth[counts]).sum() / worth.sum()
-        if sighted and pictures:
+        if sighted and scenes:
             embeddings = out.hidden_states[0][ids == self.network.config.image_token_id]
-            loss = loss + CELLS_WORTH * self._cells_loss(embeddings, [s for row in rows for s in row.scenes], tally)
+            loss = loss + CELLS_WORTH * self._cells_loss(embeddings, scenes, tally)
         return loss + PROBES_WORTH * self._probe_loss(rows, out.hidden_states[N_LAYERS - 1], tally)
 
     def _probe_loss(self, rows: list[Row], hidden: Tensor, tally: "_Tally") -> Tensor:

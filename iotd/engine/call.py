@@ -90,8 +90,7 @@ class Call:
             return True
 
     def done(self, reason: FinishReason, now_s: float) -> Done:
-        kept = self.session if reason is not FinishReason.CANCELLED else ""
-        return Done(reason, self.usage(), self.timings(now_s), kept)
+        return Done(reason, self.usage(), self.timings(now_s), self.session)
 
     def overdue(self, now_s: float) -> Done | Failed:
         """How a call ends whose deadline has come: with what was said, or with an error."""

@@ -8,7 +8,7 @@ of a line.
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from iotd.counters import Counters
@@ -184,9 +184,10 @@ class Context:
             encode(self._model, chunk.image)
             self._counters.add("images_encoded")
             return
-        with self._pace.run(count_tokens([chunk])):
+        n_tokens = count_tokens([chunk])
+        with self._pace.run(n_tokens):
             feed(self._model, job.target, chunk)
-        self._counters.add("context_tokens_read", count_tokens([chunk]))
+        self._counters.add("context_tokens_read", n_tokens)
         job.chunk = next(job.chunks, None)
         if job.chunk is None:
             self._commit(job)
@@ -209,16 +210,10 @@ class Context:
     def _rebuild(self, new: list[Entry]) -> None:
         """Plan a successor from the newest events: half a window of them at least, `new` included."""
         kept: deque[Entry] = deque()
-        n_tokens = 0
-        day = ""
-        for entry in reversed([*self._history, *new]):
+        for entry, n_tokens in self._newest_first([*self._history, *new]):
+            kept.appendleft(entry)
             if n_tokens >= self._window // 2:
                 break
-            n_tokens += entry.n_tokens
-            if entry.day != day:
-                day = entry.day
-                n_tokens += len(self._lines.date(day))
-            kept.appendleft(entry)
         parts, last_day = self._dated(kept, "")
         self.blank.copy_into(self._spare)
         oldest_s = kept[0].time_s if kept else 0.0
@@ -273,15 +268,23 @@ class Context:
 
     def since(self, n_read: int, max_tokens: int) -> list[Part]:
         """What was read after the first `n_read` events, with its dates: the newest that fit into `max_tokens`."""
-        entries: deque[Entry] = deque()
-        parts: list[Part] = []
-        for entry in reversed(list(self._history)[-(self.n_read - n_read) :] if self.n_read > n_read else []):
-            entries.appendleft(entry)
-            longer, _ = self._dated(entries, "")
-            if count_tokens(longer) > max_tokens:
+        kept: deque[Entry] = deque()
+        new = list(self._history)[-(self.n_read - n_read) :] if self.n_read > n_read else []
+        for entry, n_tokens in self._newest_first(new):
+            if n_tokens > max_tokens:
                 break
-            parts = longer
-        return parts
+            kept.appendleft(entry)
+        return self._dated(kept, "")[0]
+
+    def _newest_first(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, int]]:
+        """Each entry with the tokens that it and all newer ones take, their date lines included."""
+        n_tokens, day = 0, ""
+        for entry in reversed(entries):
+            n_tokens += entry.n_tokens
+            if entry.day != day:
+                day = entry.day
+                n_tokens += len(self._lines.date(day))
+            yield entry, n_tokens
 
     def _remember(self, new: list[Entry]) -> None:
         """Keep what the next successor may be built from, and no more."""

@@ -32,7 +32,7 @@ class Lines:
 
     def opening(self, system: str) -> Tokens:
         """The system prompt and the beginning of the user's turn that stays open."""
-        return [token for run in self._runs(self._model.chat.open_stream(system)) for token in _ids(run)]
+        return self._text(self._model.chat.open_stream(system))
 
     def date(self, day: str) -> Tokens:
         """The line before the first event of a day."""
@@ -70,7 +70,7 @@ class Lines:
 
     def next_turn(self) -> Tokens:
         """The end of an answer, and the beginning of the user's turn that follows it in a session."""
-        return [token for run in self._runs(self._model.chat.next_turn()) for token in _ids(run)]
+        return self._text(self._model.chat.next_turn())
 
     def question(self, text: str, images: Iterable[Image], *, thinking: bool) -> list[Part]:
         """A question after its images, closing the turn and opening the answer."""
@@ -100,6 +100,10 @@ class Lines:
 
     def _runs(self, segments: Iterable[Segment]) -> list[Part]:
         return self._model.chat.tokenize(segments, self._model.tokenizer)
+
+    def _text(self, segments: Iterable[Segment]) -> Tokens:
+        """Of segments without images."""
+        return [token for run in self._runs(segments) for token in _ids(run)]
 
     def _plain(self, text: str) -> Tokens:
         return self._model.tokenizer.encode(text, special=False)

@@ -19,7 +19,7 @@ class Pace:
 
     def __init__(self, most: int, limit_s: float, clock: Callable[[], float]) -> None:
         self.size = most
-        self.most = most
+        self._most = most
         self._limit_s = limit_s
         self._clock = clock
         self._took_s: deque[float] = deque(maxlen=SEEN)
@@ -42,11 +42,11 @@ class Pace:
             return
         elif usual_s > self._limit_s:
             self._set(self._limit_s / usual_s)
-        elif usual_s < ROOM * self._limit_s and self.size < self.most:
+        elif usual_s < ROOM * self._limit_s and self.size < self._most:
             self._set(min(2.0, self._limit_s / max(usual_s, 1e-9)))
 
     def _set(self, factor: float) -> None:
         """To the size that fits if the time is in proportion to it; it is not quite, and the next runs correct that."""
         raised = int(self.size * factor)
-        self.size = max(1, min(self.most, raised if raised != self.size else self.size + (1 if factor > 1 else -1)))
+        self.size = max(1, min(self._most, raised if raised != self.size else self.size + (1 if factor > 1 else -1)))
         self._took_s.clear()

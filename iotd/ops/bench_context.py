@@ -47,16 +47,16 @@ def run(package: Path, *, threads: int, repeat: int, lengths: tuple[int, ...]) -
 def _fill(engine: Engine, length: int, n_read: int) -> int:
     """Read sensors until the context has about so many tokens. Returns how many readings there are by then."""
     end_s = time.monotonic() + READ_S
-    before = -1
-    while (tokens := engine.status().context_tokens) + (tokens - before if before >= 0 else 0) <= length:
-        before = tokens
+    tokens, line_tokens = engine.status().context_tokens, 0
+    while tokens + line_tokens <= length:
         n_read += 1
         value = f"{15 + n_read * 37 % 100 / 10:.1f} °C"
         engine.observe(Reading(f"room {n_read % 12} temperature", value, 1.76e9 + 5 * n_read))
-        while engine.status().context_tokens == tokens:
+        while (now := engine.status().context_tokens) == tokens:
             if time.monotonic() > end_s:
                 raise Unavailable(f"the context has {tokens} tokens after {READ_S:g} s, {length} are wanted")
             time.sleep(0.001)
+        tokens, line_tokens = now, now - tokens
     return n_read
 
 
