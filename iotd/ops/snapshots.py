@@ -7,7 +7,8 @@ arrays. Knows no engine: what a snapshot means is `iotd.engine.snapshot`'s.
 import os
 import zipfile
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,25 +57,20 @@ def save(path: Path, snapshot: Snapshot) -> None:
 def load(path: Path) -> Snapshot | None:
     """The whole snapshot, every checksum verified; None where there is none. Raises SnapshotError."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with _opened(path) as archive:
             arrays = {name: archive[name] for name in archive.files}
             return Snapshot(_decoded(arrays.pop(_HEADER)), arrays)
     except FileNotFoundError:
         return None
-    except _DAMAGE as error:
-        raise _unreadable(path, error) from error
 
 
 def describe(path: Path) -> Description | None:
     """What a snapshot says of itself; None where there is none. Raises SnapshotError."""
     try:
-        stat = path.stat()
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            header = _decoded(archive[_HEADER])
+        with _opened(path) as archive:
+            stat, header = path.stat(), _decoded(archive[_HEADER])
     except FileNotFoundError:
         return None
-    except _DAMAGE as error:
-        raise _unreadable(path, error) from error
     return Description(
         nbytes=stat.st_size,
         saved_s=stat.st_mtime,
@@ -107,8 +103,16 @@ def _decoded(header: np.ndarray) -> Header:
     return msgspec.json.decode(header.tobytes(), type=Header)
 
 
-def _unreadable(path: Path, error: BaseException) -> SnapshotError:
-    return SnapshotError(f"{path} cannot be read ({type(error).__name__}: {error})")
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The archive, while it is read. Raises FileNotFoundError, and SnapshotError for what is wrong with the file."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            yield archive
+    except FileNotFoundError:
+        raise
+    except _DAMAGE as error:
+        raise SnapshotError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _sync_folder(folder: Path) -> None:
