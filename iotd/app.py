@@ -309,7 +309,10 @@ def _not_loaded(window: int) -> EngineStatus:
         queue_depth=0,
         backlog=0,
         state_nbytes=0,
+        forks=0,
         sessions=0,
+        readings={},
+        cameras=(),
         recent=(),
         counters={},
     )

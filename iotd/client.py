@@ -28,6 +28,7 @@ from iotd.address import split_address
 from iotd.events import (
     Accepted,
     Answered,
+    CameraStatus,
     Done,
     EngineStatus,
     FinishReason,
@@ -412,7 +413,10 @@ def _status(response: iotd_pb2.GetStatusResponse) -> ServerStatus:
         queue_depth=response.queue_depth,
         backlog=response.backlog,
         state_nbytes=response.state_bytes,
+        forks=response.forks_in_use,
         sessions=response.sessions,
+        readings=dict(response.readings_by_sensor),
+        cameras=tuple(map(_camera, response.cameras)),
         recent=tuple(map(_answered, response.recent_answers)),
         counters=dict(response.counters),
     )
@@ -420,6 +424,11 @@ def _status(response: iotd_pb2.GetStatusResponse) -> ServerStatus:
     temperature_c = response.soc_temperature_celsius if response.HasField("soc_temperature_celsius") else None
     uptime_s, resident = _seconds(response.uptime), response.resident_memory_bytes
     return ServerStatus(response.version, state, uptime_s, resident, temperature_c, engine, link)
+
+
+def _camera(camera: iotd_pb2.CameraStatus) -> CameraStatus:
+    newest_s = _seconds(camera.newest_frame_time)
+    return CameraStatus(camera.camera, newest_s, camera.frames, camera.replaced_frames, camera.refused_frames)
 
 
 def _link(mqtt: iotd_pb2.MqttStatus) -> LinkStatus:

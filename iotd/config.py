@@ -384,31 +384,24 @@ def grpc_contradictions(grpc: GrpcConfig) -> Iterator[Problem]:
         yield f"grpc.{missing}", "is missing; TLS needs tls_cert_file and tls_key_file together"
     if grpc.tls_client_ca_file and not grpc.tls_cert_file:
         yield "grpc.tls_client_ca_file", "needs tls_cert_file and tls_key_file too"
-    try:
-        host, _ = split_address(grpc.listen)
-    except ValueError:
-        yield "grpc.listen", f"{grpc.listen!r} is not allowed; use host:port, such as 127.0.0.1:50551 or [::1]:50551"
-        return
-    if not (is_loopback(host) or grpc.tls_cert_file or grpc.insecure):
-        yield (
-            "grpc.listen",
-            f"{grpc.listen!r} is open to other machines; set tls_cert_file and tls_key_file, or insecure: true",
-        )
+    allowed = bool(grpc.tls_cert_file) or grpc.insecure
+    yield from _address("grpc.listen", grpc.listen, allowed, "set tls_cert_file and tls_key_file, or insecure: true")
 
 
 def _metrics_contradictions(metrics: MetricsConfig) -> Iterator[Problem]:
-    if not metrics.listen:
-        return
+    if metrics.listen:
+        yield from _address("metrics.listen", metrics.listen, metrics.insecure, "allow it with insecure: true")
+
+
+def _address(at: str, listen: str, allowed: bool, remedy: str) -> Iterator[Problem]:
+    """allowed: other machines may reach it."""
     try:
-        host, _ = split_address(metrics.listen)
+        host, _ = split_address(listen)
     except ValueError:
-        yield "metrics.listen", f"{metrics.listen!r} is not allowed; use host:port, such as 127.0.0.1:9551"
+        yield at, f"{listen!r} is not allowed; use host:port, such as 127.0.0.1:50551 or [::1]:50551"
         return
-    if not (is_loopback(host) or metrics.insecure):
-        yield (
-            "metrics.listen",
-            f"{metrics.listen!r} is open to other machines; allow it with insecure: true",
-        )
+    if not (is_loopback(host) or allowed):
+        yield at, f"{listen!r} is open to other machines; {remedy}"
 
 
 def _mqtt_contradictions(mqtt: MqttConfig) -> Iterator[Problem]:

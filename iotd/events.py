@@ -179,6 +179,20 @@ AnswerEvent = Accepted | Delta | Done | Failed
 
 
 @dataclass(frozen=True, slots=True)
+class CameraStatus:
+    """What came of one camera's frames since it was first heard."""
+
+    camera: str
+    newest_s: float
+    """Unix time of its newest frame."""
+    frames: int
+    replaced: int
+    """Frames that were not read as a newer one took their place."""
+    refused: int
+    """Frames that were not read as they do not fit into the context."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """What the engine is doing, at one moment."""
 
@@ -194,8 +208,14 @@ class EngineStatus:
     backlog: int
     """Readings and frames not yet read into the context."""
     state_nbytes: int
+    forks: int
+    """Copies of a state on which asks are being answered."""
     sessions: int
     """Conversations that can be gone on with."""
+    readings: dict[str, int]
+    """Heard of each sensor that is remembered."""
+    cameras: tuple[CameraStatus, ...]
+    """Those that are remembered, the one heard last at the end."""
     recent: tuple[Answered, ...]
     """The asks that ended last, the newest at the end."""
     counters: dict[str, int]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from iotd.counters import Counters
 from iotd.engine.backlog import Backlog, Shot
 from iotd.engine.engine import COUNTS
-from iotd.events import Frame, Reading
+from iotd.events import CameraStatus, Frame, Reading
 
 
 def backlog(capacity: int = 4, cameras: int = 2) -> tuple[Backlog, Counters]:
@@ -93,7 +93,7 @@ def test_the_camera_silent_for_longest_is_forgotten() -> None:
     line, counters = backlog(cameras=2)
     for camera in ("a", "b", "a", "c"):
         line.put(frame(1, camera))
-    assert line.cameras() == ["a", "c"]
+    assert [known.camera for known in line.cameras()] == ["a", "c"]
     assert line.newest("b") is None
     assert counters.snapshot()["forgotten_cameras"] == 1
     assert counters.snapshot()["dropped_frames"] == 2
@@ -115,3 +115,15 @@ def test_nothing_is_lost_uncounted(steps: str, capacity: int, cameras: int) -> N
     dropped = skipped + counted["dropped_frames"]
     assert line.take_skipped() == skipped
     assert counted["readings"] + counted["frames"] == taken + dropped + len(line)
+
+
+def test_what_came_of_each_cameras_frames_is_counted_until_it_is_forgotten() -> None:
+    line, _ = backlog(cameras=2)
+    for time_s in (5, 6, 7):
+        line.put(Frame("door", image(), time_s))
+    line.refuse("door")
+    line.put(Frame("yard", image(), 8))
+    assert line.cameras() == [CameraStatus("door", 7, 3, 2, 1), CameraStatus("yard", 8, 1, 0, 0)]
+    line.put(Frame("hall", image(), 9))
+    assert [known.camera for known in line.cameras()] == ["yard", "hall"]
+    line.refuse("door")

@@ -45,7 +45,12 @@ def test_the_status_is_told_at_each_scrape(scraped: Scraped) -> None:
     assert found["iotd_context_newest_event_age_seconds", ()] == 10
     assert found["iotd_build_info", ("tiny", "1.2.3")] == 1
     assert found["iotd_soc_temperature_celsius", ()] == 51.5
-    assert found["iotd_readings_total", ()] == 5
+    assert found["iotd_readings_total", ("kitchen temperature",)] == 4
+    assert found["iotd_frames_total", ("door",)] == 9
+    assert found["iotd_frames_dropped_total", ("door", "newer_came")] == 2
+    assert found["iotd_frames_dropped_total", ("door", "unfit")] == 1
+    assert found["iotd_frame_age_seconds", ("door",)] == 2
+    assert found["iotd_forks_in_use", ()] == 1
     assert found["iotd_mqtt_connected", ()] == 1
     assert found["iotd_sessions", ()] == 3
     scraped.status = replace(STATUS, link=None, temperature_c=None, uptime_s=99.0)

@@ -49,6 +49,11 @@ class Asks:
         with self._changed:
             return self._depth()
 
+    @property
+    def running(self) -> int:
+        """Asks being answered."""
+        return int(self._running is not None)
+
     def open(self) -> None:
         """Accept asks from now on, unless a drain has begun."""
         with self._changed:

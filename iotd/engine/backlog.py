@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from iotd.counters import Counters
 from iotd.engine.entry import Image
-from iotd.events import RGB, Frame, Observation, Reading
+from iotd.events import RGB, CameraStatus, Frame, Observation, Reading
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +22,16 @@ class Shot:
     """None once `image` has them."""
     image: Image | None = None
     """What the model's thread made of it, so that it is encoded once for all."""
+
+
+@dataclass(slots=True)
+class _Camera:
+    """A camera's newest frame, and what came of all of them."""
+
+    newest: Shot
+    frames: int = 0
+    replaced: int = 0
+    refused: int = 0
 
 
 class Backlog:
@@ -41,7 +51,7 @@ class Backlog:
         self._sensors: dict[str, int] = {}
         """Where the newest reading of each sensor waits."""
         self._n_skipped = 0
-        self._cameras: OrderedDict[str, Shot] = OrderedDict()
+        self._cameras: OrderedDict[str, _Camera] = OrderedDict()
         self._n = 0
 
     def __len__(self) -> int:
@@ -74,12 +84,23 @@ class Backlog:
     def newest(self, camera: str) -> Shot | None:
         """The newest frame of a camera, read already or not."""
         with self._lock:
-            return self._cameras.get(camera)
+            known = self._cameras.get(camera)
+            return None if known is None else known.newest
 
-    def cameras(self) -> list[str]:
+    def refuse(self, camera: str) -> None:
+        """A frame that was taken does not fit into the context."""
+        self._counters.add("refused_frames")
+        with self._lock:
+            if camera in self._cameras:
+                self._cameras[camera].refused += 1
+
+    def cameras(self) -> list[CameraStatus]:
         """The cameras that are remembered, the one heard last at the end."""
         with self._lock:
-            return list(self._cameras)
+            return [
+                CameraStatus(name, c.newest.time_s, c.frames, c.replaced, c.refused)
+                for name, c in self._cameras.items()
+            ]
 
     def _put_reading(self, reading: Reading) -> None:
         self._counters.add("readings")
@@ -109,9 +130,12 @@ class Backlog:
     def _put_frame(self, frame: Frame) -> None:
         self._counters.add("frames")
         shot = Shot(frame.camera, frame.time_s, frame.rgb)
-        self._cameras[frame.camera] = shot
+        camera = self._cameras.setdefault(frame.camera, _Camera(shot))
+        camera.newest = shot
+        camera.frames += 1
         self._cameras.move_to_end(frame.camera)
         if frame.camera in self._line:
+            camera.replaced += 1
             self._counters.add("dropped_frames")
         self._line[frame.camera] = shot
         if len(self._cameras) > self._max_cameras:

@@ -37,6 +37,11 @@ SLACK_TOKENS = 64
 """A successor may exceed the window by a date line, where system prompt and events are as long as they may be."""
 
 
+def positions(window: int, reserve_tokens: int) -> int:
+    """Of a context's state, with what is kept for a question, its images and its answer."""
+    return window + SLACK_TOKENS + reserve_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """What the context holds, for any thread to look at."""
@@ -96,8 +101,8 @@ class Context:
             )
         self.blank = model.new_state(n_opening + reserve_tokens)
         """Has read the system prompt, once and for all."""
-        self.live = model.new_state(window + SLACK_TOKENS + reserve_tokens)
-        self._spare = model.new_state(window + SLACK_TOKENS + reserve_tokens)
+        self.live = model.new_state(positions(window, reserve_tokens))
+        self._spare = model.new_state(positions(window, reserve_tokens))
         self._history: deque[Entry] = deque()
         self._history_tokens = 0
         self._day = ""

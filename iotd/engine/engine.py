@@ -229,7 +229,7 @@ class Engine:
 
     def cameras(self) -> list[str]:
         """The cameras an ask can name."""
-        return self._backlog.cameras()
+        return [known.camera for known in self._backlog.cameras()]
 
     def progress_s(self) -> float:
         """Seconds since the last completed unit of work or idle heartbeat: what a watchdog looks at."""
@@ -248,7 +248,10 @@ class Engine:
             queue_depth=self._asks.depth,
             backlog=len(self._backlog),
             state_nbytes=self._context.nbytes + self._fork.nbytes + self._sessions.nbytes,
+            forks=self._asks.running,
             sessions=len(self._sessions),
+            readings=self._ledger.heard(),
+            cameras=tuple(self._backlog.cameras()),
             recent=tuple(self._asks.recent),
             counters=self._counters.snapshot(),
         )
@@ -259,7 +262,7 @@ class Engine:
             raise InvalidInput("this model has no vision", field="images")
         self._sessions.check(ask.session, ask.keep_session)
         if ask.camera is not None and self._backlog.newest(ask.camera) is None:
-            known = ", ".join(sorted(self._backlog.cameras())) or "none so far"
+            known = ", ".join(sorted(self.cameras())) or "none so far"
             raise NotFound(f"no frame from a camera {ask.camera!r}; cameras heard: {known}")
 
     def _cancel(self, call: Call) -> None:

@@ -53,6 +53,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._rows: OrderedDict[str, int] = OrderedDict()
         self._newest: dict[str, Reading] = {}
+        self._heard: dict[str, int] = {}
         shape = max_sensors, N_BUCKETS
         self._bucket = np.full(shape, -1, np.int64)
         self._lowest, self._highest, self._sum = (np.zeros(shape, np.float64) for _ in range(3))
@@ -62,11 +63,17 @@ class Ledger:
         """Take in a reading. One that is older than the newest counts for the day, and not as the newest."""
         with self._lock:
             row = self._row(reading.source)
+            self._heard[reading.source] = self._heard.get(reading.source, 0) + 1
             newest = self._newest.get(reading.source)
             if newest is None or reading.time_s >= newest.time_s:
                 self._newest[reading.source] = reading
             if (value := _value(reading.text)) is not None:
                 self._add(row, int(reading.time_s // BUCKET_S), value)
+
+    def heard(self) -> dict[str, int]:
+        """Readings of each sensor that is remembered."""
+        with self._lock:
+            return dict(self._heard)
 
     def find(self, question: str, patterns: Sequence[str], most: int) -> list[Figures]:
         """At most so many sensors: those whose label fits a pattern, such as `* temperature`; without patterns, those
@@ -87,7 +94,7 @@ class Ledger:
                 row = len(self._rows)
             else:
                 silent, row = self._rows.popitem(last=False)
-                del self._newest[silent]
+                del self._newest[silent], self._heard[silent]
                 self._counters.add("forgotten_sensors")
             self._bucket[row] = -1
             self._rows[source] = row

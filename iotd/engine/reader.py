@@ -91,7 +91,7 @@ class Reader:
         try:
             entry = self._lines.frame(shot)
         except IotdError as error:
-            self._counters.add("refused_frames")
+            self._backlog.refuse(shot.camera)
             self._n_refused += 1
             if self._n_refused.bit_count() == 1:  # the 1st, 2nd, 4th, 8th…: a camera sends the same for days
                 log.warning("a frame of camera %s is not read (%d so far): %s", shot.camera, self._n_refused, error)

@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from iotd.errors import ConfigError
-from iotd.events import Answered, FinishReason, LinkStatus, ServerStatus
+from iotd.events import Answered, CameraStatus, FinishReason, LinkStatus, ServerStatus
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +29,11 @@ _COUNTERS = {
     "context_tokens_read": "Tokens of the stream read.",
     "prompt_tokens": "Tokens of questions read, images included.",
     "generation_tokens": "Tokens generated.",
-    "readings": "Readings that arrived.",
-    "frames": "Frames that arrived.",
     "images_encoded": "Images encoded.",
     "sessions_opened": "Conversations kept.",
     "sessions_dropped": "Conversations that made way for newer ones.",
 }
 _SKIPPED = {"dropped_readings": "no_room", "coalesced_readings": "newer_came", "lost_events": "defect"}
-_DROPPED = {"dropped_frames": "newer_came", "refused_frames": "unfit"}
 _RESTORES = {"snapshots_restored": "restored", "snapshots_refused": "refused"}
 
 
@@ -117,10 +114,13 @@ class _Status(Collector):
                 yield GaugeMetricFamily(f"iotd_context_{name}_event_age_seconds", "In the context.", value=age_s)
         yield GaugeMetricFamily("iotd_queue_depth", "Asks waiting or running.", value=engine.queue_depth)
         yield GaugeMetricFamily("iotd_backlog", "Events not yet read.", value=engine.backlog)
+        yield GaugeMetricFamily("iotd_forks_in_use", "States on which asks are being answered.", value=engine.forks)
         yield GaugeMetricFamily("iotd_sessions", "Conversations kept.", value=engine.sessions)
         if status.temperature_c is not None:
             yield GaugeMetricFamily("iotd_soc_temperature_celsius", "Of the processor.", value=status.temperature_c)
         yield from _counts(engine.counters)
+        yield _readings(engine.readings)
+        yield from _frames(engine.cameras, self._age_clock())
         if status.link is not None:
             yield from _link(status.link)
 
@@ -134,13 +134,32 @@ def _counts(counters: dict[str, int]) -> Iterator[Metric]:
     for metric, text, label, names in (
         ("requests", "Asks, by how they ended.", "finish_reason", _OUTCOMES),
         ("readings_skipped", "Readings never read.", "reason", _SKIPPED),
-        ("frames_dropped", "Frames never read.", "reason", _DROPPED),
         ("snapshot_restores", "Snapshots found at the start.", "result", _RESTORES),
     ):
         family = CounterMetricFamily(f"iotd_{metric}", text, labels=(label,))
         for name, value in names.items():
             family.add_metric((value,), counters.get(name, 0))
         yield family
+
+
+def _readings(readings: dict[str, int]) -> Metric:
+    """The engine remembers a bounded number of sensors, and of cameras."""
+    family = CounterMetricFamily("iotd_readings", "Readings that arrived.", labels=("source",))
+    for source, n in readings.items():
+        family.add_metric((source,), n)
+    return family
+
+
+def _frames(cameras: tuple[CameraStatus, ...], now_s: float) -> Iterator[Metric]:
+    arrived = CounterMetricFamily("iotd_frames", "Frames that arrived.", labels=("camera",))
+    dropped = CounterMetricFamily("iotd_frames_dropped", "Frames never read.", labels=("camera", "reason"))
+    age = GaugeMetricFamily("iotd_frame_age_seconds", "Of the newest frame.", labels=("camera",))
+    for camera in cameras:
+        arrived.add_metric((camera.camera,), camera.frames)
+        dropped.add_metric((camera.camera, "newer_came"), camera.replaced)
+        dropped.add_metric((camera.camera, "unfit"), camera.refused)
+        age.add_metric((camera.camera,), max(0.0, now_s - camera.newest_s))
+    yield from (arrived, dropped, age)
 
 
 def _link(link: LinkStatus) -> Iterator[Metric]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iotd.config import Config, GrpcConfig, MqttConfig
+from iotd.engine.context import positions
 from iotd.errors import ConfigError, IotdError, PackageError
 from iotd.model import package
 from iotd.model.spec import ModelSpec
@@ -51,10 +52,11 @@ def inspect(config: Config, threads: int, *, model: Open, listen: Listen, broker
 def check_positions(config: Config, spec: ModelSpec) -> None:
     """Raises ConfigError where window and reserve need more positions than the model has."""
     window, reserve = config.context.window, config.ask.reserve_tokens
-    if window + reserve > spec.max_positions:
+    needed = positions(window, reserve)
+    if needed > spec.max_positions:
         raise ConfigError(
-            f"window {window} and ask.reserve_tokens {reserve} need {window + reserve} positions together, "
-            f"and the model has {spec.max_positions}",
+            f"window {window} and ask.reserve_tokens {reserve} need {needed} positions together, with "
+            f"{needed - window - reserve} to spare, and the model has {spec.max_positions}",
             field="context.window",
         )
 
@@ -86,7 +88,7 @@ def _model(config: Config, threads: int, open_model: Open) -> Iterator[Finding]:
 def _memory(config: Config, manifest: package.Manifest, weights: int) -> Finding:
     """Two context states, one of the system prompt alone, and the fork of the ask that runs, which has no rows."""
     reserve = config.ask.reserve_tokens
-    most = config.context.window + reserve
+    most = positions(config.context.window, reserve)
     capacities = (most, most, reserve, 0)
     shapes = [shape for capacity in capacities for shape in manifest.spec.state_shapes(capacity).values()]
     states = 4 * sum(math.prod(shape) for shape in shapes)

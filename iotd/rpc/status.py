@@ -2,7 +2,7 @@
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from iotd.events import Answered, EngineStatus, LinkStatus, ServerStatus, Timings, Usage
+from iotd.events import Answered, CameraStatus, EngineStatus, LinkStatus, ServerStatus, Timings, Usage
 from iotd.rpc.times import duration
 from iotd.v1 import iotd_pb2
 
@@ -19,7 +19,10 @@ def to_response(status: ServerStatus) -> iotd_pb2.GetStatusResponse:
         queue_depth=engine.queue_depth,
         backlog=engine.backlog,
         state_bytes=engine.state_nbytes,
+        forks_in_use=engine.forks,
         sessions=engine.sessions,
+        readings_by_sensor=engine.readings,
+        cameras=map(_camera, engine.cameras),
         recent_answers=map(_answered, engine.recent),
         soc_temperature_celsius=status.temperature_c,
         resident_memory_bytes=status.resident_nbytes,
@@ -64,6 +67,16 @@ def _context(engine: EngineStatus) -> iotd_pb2.ContextStatus:
         window_tokens=engine.context_window,
         oldest_event_time=_timestamp(engine.oldest_event_s),
         newest_event_time=_timestamp(engine.newest_event_s),
+    )
+
+
+def _camera(camera: CameraStatus) -> iotd_pb2.CameraStatus:
+    return iotd_pb2.CameraStatus(
+        camera=camera.camera,
+        newest_frame_time=_timestamp(camera.newest_s),
+        frames=camera.frames,
+        replaced_frames=camera.replaced,
+        refused_frames=camera.refused,
     )
 
 

@@ -150,8 +150,15 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "model", "state", "uptime", "context", "queue_depth", "backlog", "state_bytes", "resident_memory_bytes", "mqtt", "counters", "sessions", "recent_answers", "soc_temperature_celsius")
+    __slots__ = ("version", "model", "state", "uptime", "context", "queue_depth", "backlog", "state_bytes", "resident_memory_bytes", "mqtt", "counters", "sessions", "recent_answers", "soc_temperature_celsius", "forks_in_use", "readings_by_sensor", "cameras")
     class CountersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class ReadingsBySensorEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +179,9 @@ class GetStatusResponse(_message.Message):
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     RECENT_ANSWERS_FIELD_NUMBER: _ClassVar[int]
     SOC_TEMPERATURE_CELSIUS_FIELD_NUMBER: _ClassVar[int]
+    FORKS_IN_USE_FIELD_NUMBER: _ClassVar[int]
+    READINGS_BY_SENSOR_FIELD_NUMBER: _ClassVar[int]
+    CAMERAS_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: str
     state: ServingState
@@ -186,7 +196,24 @@ class GetStatusResponse(_message.Message):
     sessions: int
     recent_answers: _containers.RepeatedCompositeFieldContainer[AnswerSummary]
     soc_temperature_celsius: float
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., context: _Optional[_Union[ContextStatus, _Mapping]] = ..., queue_depth: _Optional[int] = ..., backlog: _Optional[int] = ..., state_bytes: _Optional[int] = ..., resident_memory_bytes: _Optional[int] = ..., mqtt: _Optional[_Union[MqttStatus, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[int] = ..., recent_answers: _Optional[_Iterable[_Union[AnswerSummary, _Mapping]]] = ..., soc_temperature_celsius: _Optional[float] = ...) -> None: ...
+    forks_in_use: int
+    readings_by_sensor: _containers.ScalarMap[str, int]
+    cameras: _containers.RepeatedCompositeFieldContainer[CameraStatus]
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., context: _Optional[_Union[ContextStatus, _Mapping]] = ..., queue_depth: _Optional[int] = ..., backlog: _Optional[int] = ..., state_bytes: _Optional[int] = ..., resident_memory_bytes: _Optional[int] = ..., mqtt: _Optional[_Union[MqttStatus, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[int] = ..., recent_answers: _Optional[_Iterable[_Union[AnswerSummary, _Mapping]]] = ..., soc_temperature_celsius: _Optional[float] = ..., forks_in_use: _Optional[int] = ..., readings_by_sensor: _Optional[_Mapping[str, int]] = ..., cameras: _Optional[_Iterable[_Union[CameraStatus, _Mapping]]] = ...) -> None: ...
+
+class CameraStatus(_message.Message):
+    __slots__ = ("camera", "newest_frame_time", "frames", "replaced_frames", "refused_frames")
+    CAMERA_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FRAME_TIME_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    REPLACED_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    camera: str
+    newest_frame_time: _timestamp_pb2.Timestamp
+    frames: int
+    replaced_frames: int
+    refused_frames: int
+    def __init__(self, camera: _Optional[str] = ..., newest_frame_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., frames: _Optional[int] = ..., replaced_frames: _Optional[int] = ..., refused_frames: _Optional[int] = ...) -> None: ...
 
 class AnswerSummary(_message.Message):
     __slots__ = ("request_id", "outcome", "budget", "usage", "timings")
