@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from iotd.demo.simulate import Totals
     from iotd.model.package import Manifest
     from iotd.ops.bench import Figure
+    from iotd.ops.peers import LlamaServer
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""
@@ -341,6 +342,7 @@ class DefaultGroup(click.Group):
 
 
 THREADS = click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Compute threads.")
+VS = click.option("--vs", metavar="URL", help="A llama.cpp server on a model of the same shape: measured in turn.")
 REPEAT = click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs of each figure.")
 
 
@@ -353,12 +355,14 @@ def bench() -> None:
 @click.argument("package", type=click.Path(path_type=Path))
 @THREADS
 @REPEAT
+@VS
 @JSON
-def speed(package: Path, threads: int, repeat: int, as_json: bool) -> None:
+def speed(package: Path, threads: int, repeat: int, vs: str | None, as_json: bool) -> None:
     """Load, prefill, decode, image encoding, memory."""
     from iotd.ops import bench as measure
 
-    _tell_figures(measure.run(package, threads=threads, repeat=repeat), threads, repeat, as_json)
+    figures = measure.run(package, threads=threads, repeat=repeat, peer=_peer(vs))
+    _tell_figures(figures, threads, repeat, as_json)
 
 
 @bench.command()
@@ -374,13 +378,20 @@ def speed(package: Path, threads: int, repeat: int, as_json: bool) -> None:
 )
 @THREADS
 @REPEAT
+@VS
 @JSON
-def context(package: Path, lengths: tuple[int, ...], threads: int, repeat: int, as_json: bool) -> None:
+def context(package: Path, lengths: tuple[int, ...], threads: int, repeat: int, vs: str | None, as_json: bool) -> None:
     """How soon an answer to a new question of 20 tokens begins over the warm context, and what a fork costs."""
     from iotd.ops import bench_context
 
-    figures = bench_context.run(package, threads=threads, repeat=repeat, lengths=lengths)
+    figures = bench_context.run(package, threads=threads, repeat=repeat, lengths=lengths, peer=_peer(vs))
     _tell_figures(figures, threads, repeat, as_json)
+
+
+def _peer(url: str | None) -> "LlamaServer | None":
+    from iotd.ops.peers import LlamaServer
+
+    return LlamaServer(url) if url else None
 
 
 def _tell_figures(figures: "Iterable[Figure]", threads: int, repeat: int, as_json: bool) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from iotd.model import Model, State
 from iotd.ops import board
+from iotd.ops.peers import LlamaServer, Speeds
 
 PREFILL_TOKENS = (32, 512)
 DECODE_STEPS = 64
@@ -41,8 +42,11 @@ def machine() -> str:
     return f"{platform.machine()}, {board.cores()} cores"
 
 
-def run(package: Path, *, threads: int, repeat: int) -> Iterator[Figure]:
-    """Measure a package, figure by figure. Raises PackageError where it cannot be opened."""
+def run(package: Path, *, threads: int, repeat: int, peer: LlamaServer | None = None) -> Iterator[Figure]:
+    """Measure a package, figure by figure. peer: does the same in turn.
+
+    Raises PackageError where the package cannot be opened, Unavailable where the peer does not answer.
+    """
     began_s = time.perf_counter()
     model = Model.open(package, threads=threads)
     state = model.new_state(CAPACITY)
@@ -50,16 +54,36 @@ def run(package: Path, *, threads: int, repeat: int) -> Iterator[Figure]:
     loaded_s = time.perf_counter() - began_s
     yield Figure("load", "s", loaded_s, loaded_s, loaded_s)
     for n_tokens in PREFILL_TOKENS:
-        yield _figure(f"prefill {n_tokens}", "tokens/s", [_prefill(model, state, n_tokens) for _ in range(repeat)])
+        yield figure(f"prefill {n_tokens}", "tokens/s", [_prefill(model, state, n_tokens) for _ in range(repeat)])
     decoded = [_decode(model, state) for _ in range(repeat)]
-    yield _figure(f"decode at {DECODE_CONTEXT}", "tokens/s", decoded)
+    yield figure(f"decode at {DECODE_CONTEXT}", "tokens/s", decoded)
     yield from _memory("text")
+    if peer is not None:
+        yield from _against(peer, model, state, repeat)
     if model.has_vision:
         rgb = np.random.default_rng(0).integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), np.uint8)
         model.encode_image(rgb)
         encoded = [_seconds(lambda: model.encode_image(rgb)) for _ in range(repeat)]
-        yield _figure(f"image {IMAGE_SIDE} × {IMAGE_SIDE}", "s", encoded)
+        yield figure(f"image {IMAGE_SIDE} × {IMAGE_SIDE}", "s", encoded)
         yield from _memory("text and vision")
+
+
+def _against(peer: LlamaServer, model: Model, state: State, repeat: int) -> Iterator[Figure]:
+    """Both read and decode the same tokens, one after the other; how many times faster the package is."""
+    ids = _ids(model, DECODE_CONTEXT)
+    peer.speeds(ids, DECODE_STEPS)
+    ours: list[tuple[float, float]] = []
+    theirs: list[Speeds] = []
+    for _ in range(repeat):
+        ours.append((_prefill(model, state, len(ids)), _decode(model, state)))
+        theirs.append(peer.speeds(ids, DECODE_STEPS))
+    for name, own, other in (
+        (f"prefill {len(ids)}", [prefill for prefill, _ in ours], [speeds.prefill for speeds in theirs]),
+        (f"decode at {len(ids)}", [decode for _, decode in ours], [speeds.decode for speeds in theirs]),
+    ):
+        yield figure(f"{name}, in turn", "tokens/s", own)
+        yield figure(f"{name}, llama.cpp", "tokens/s", other)
+        yield figure(f"{name}, ratio", "×", [a / b for a, b in zip(own, other, strict=True)])
 
 
 def _prefill(model: Model, state: State, n_tokens: int) -> float:
@@ -86,7 +110,8 @@ def _memory(what: str) -> Iterator[Figure]:
         yield Figure(f"{name}, {what}", "MB", megabytes, megabytes, megabytes)
 
 
-def _figure(name: str, unit: str, values: list[float]) -> Figure:
+def figure(name: str, unit: str, values: list[float]) -> Figure:
+    """The median of what was measured, and its spread."""
     return Figure(name, unit, statistics.median(values), min(values), max(values))
 
 

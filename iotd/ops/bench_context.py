@@ -4,26 +4,35 @@ It drives the engine that the daemon runs, without broker and network.
 """
 
 import queue
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 from iotd.config import AskConfig, ContextConfig
 from iotd.engine import Engine
 from iotd.errors import Unavailable
 from iotd.events import AnswerEvent, Ask, Done, Failed, Reading, Sampling
 from iotd.model import Model
-from iotd.ops.bench import Figure
+from iotd.ops import board
+from iotd.ops.bench import Figure, figure
+from iotd.ops.peers import LlamaServer
 
 WINDOW = 2048
 QUESTION_TOKENS = 20
+N_FORKS = 100
 READ_S = 600.0
 """How long the context may take to be read."""
 
 
-def run(package: Path, *, threads: int, repeat: int, lengths: tuple[int, ...]) -> Iterator[Figure]:
-    """Measure, figure by figure. lengths: tokens of context, ascending. Raises PackageError or Unavailable."""
+def run(
+    package: Path, *, threads: int, repeat: int, lengths: tuple[int, ...], peer: LlamaServer | None = None
+) -> Iterator[Figure]:
+    """Measure, figure by figure. lengths: tokens of context, ascending. peer: is asked over as many tokens, in turn.
+
+    Raises PackageError where the package cannot be opened, Unavailable where the peer does not answer.
+    """
     model = Model.open(package, threads=threads)
     engine = Engine(model, ContextConfig(window=WINDOW), AskConfig(session_bytes=0))
     question = _question(model)
@@ -33,15 +42,42 @@ def run(package: Path, *, threads: int, repeat: int, lengths: tuple[int, ...]) -
         medians: list[float] = []
         for length in lengths:
             n_read = _fill(engine, length, n_read)
-            first_s = [_first_token_s(engine, question) for _ in range(repeat + 1)][1:]
-            medians.append(statistics.median(first_s))
+            asker = None if peer is None else _PeerAsker(peer, model, length)
+            first_s, theirs_s = [], []
+            for warm in (False, *[True] * repeat):
+                own_s, their_s = _first_token_s(engine, question), asker.first_token_s() if asker else 0.0
+                if warm:
+                    first_s.append(own_s)
+                    theirs_s.append(their_s)
             tokens = engine.status().context_tokens
-            yield Figure(f"first token over {tokens}", "s", medians[-1], min(first_s), max(first_s))
-        ratio = medians[-1] / medians[0]
-        yield Figure("the last against the first", "×", ratio, ratio, ratio)
+            own = figure(f"first token over {tokens}", "s", first_s)
+            medians.append(own.median)
+            yield own
+            if asker:
+                yield figure(f"the same, llama.cpp over {length}", "s", theirs_s)
+                yield figure("so many times sooner", "×", [b / a for a, b in zip(first_s, theirs_s, strict=True)])
+        yield figure("the last against the first", "×", [medians[-1] / medians[0]])
     finally:
         engine.stop(0)
-    yield _fork(model, repeat)
+    yield from _forks(model, repeat)
+
+
+class _PeerAsker:
+    """Asks a peer one new question after another over the same tokens, which it has read before the first."""
+
+    def __init__(self, peer: LlamaServer, model: Model, length: int) -> None:
+        self._peer = peer
+        self._rng = np.random.default_rng(length)
+        self._vocab_size = model.spec.vocab_size
+        self._context = self._ids(length)
+        peer.first_token_s(self._context)
+
+    def first_token_s(self) -> float:
+        return self._peer.first_token_s(self._context + self._ids(QUESTION_TOKENS))
+
+    def _ids(self, n: int) -> list[int]:
+        ids: list[int] = self._rng.integers(0, self._vocab_size, n).tolist()
+        return ids
 
 
 def _fill(engine: Engine, length: int, n_read: int) -> int:
@@ -78,13 +114,22 @@ def _question(model: Model) -> str:
     return text
 
 
-def _fork(model: Model, repeat: int) -> Figure:
+def _forks(model: Model, repeat: int) -> Iterator[Figure]:
+    """What one costs, and how much memory a hundred leave behind."""
     state, fork = model.new_state(WINDOW + 64), model.new_state(0)
     for _ in range(WINDOW // 128):
         model.prefill(state, [1] * 128, logits=False)
-    took_ms = []
-    for _ in range(10 * repeat):
+
+    def lend() -> float:
         began_s = time.perf_counter()
         state.lend_to(fork)
-        took_ms.append(1e3 * (time.perf_counter() - began_s))
-    return Figure(f"fork of {WINDOW}", "ms", statistics.median(took_ms), min(took_ms), max(took_ms))
+        took_ms = 1e3 * (time.perf_counter() - began_s)
+        model.prefill(fork, [1], logits=False)
+        return took_ms
+
+    lend()
+    before = board.anonymous_nbytes()
+    took_ms = [lend() for _ in range(max(N_FORKS, repeat))]
+    left_mb = (board.anonymous_nbytes() - before) / 1e6
+    yield figure(f"fork of {WINDOW}", "ms", took_ms)
+    yield figure(f"left behind by {len(took_ms)} forks", "MB", [left_mb])
