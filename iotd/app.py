@@ -64,7 +64,8 @@ def serve(read: Read) -> int:
 
 def check(config: Config) -> Iterator[preflight.Finding]:
     """What would keep `serve` from working with this configuration, and what it would do."""
-    return preflight.inspect(config, threads(config), model=open_engine, listen=check_listen, broker=probe)
+    look = functools.partial(open_engine, pack=False)
+    return preflight.inspect(config, threads(config), model=look, listen=check_listen, broker=probe)
 
 
 def threads(config: Config) -> int:
@@ -72,13 +73,14 @@ def threads(config: Config) -> int:
     return config.model.threads or max(1, min(4, board.cores() - 1))
 
 
-def open_engine(config: Config, on_answer: Callable[[Answered], None] | None = None) -> Engine:
+def open_engine(config: Config, on_answer: Callable[[Answered], None] | None = None, *, pack: bool = True) -> Engine:
     """The configured model in an engine that has not started. on_answer: told how each ask ended.
 
+    pack: see `Model.open`; it writes to the cache.
     Raises PackageError, or ConfigError naming the key.
     """
     settings = config.model
-    model = Model.open(settings.path, threads=threads(config), max_image_pixels=settings.max_image_pixels)
+    model = Model.open(settings.path, threads=threads(config), max_image_pixels=settings.max_image_pixels, pack=pack)
     preflight.check_positions(config, model.spec)
     return Engine(model, config.context, config.ask, on_answer=on_answer)
 

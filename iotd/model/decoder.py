@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from iotd.errors import ContextOverflow, InvalidInput, PackageError, StateMismatch
 from iotd.model.embedding import EmbeddingTable
 from iotd.model.package import DECODER, TableEntry
-from iotd.model.session import open_session
+from iotd.model.session import OpenGraph
 from iotd.model.spec import ModelSpec
 from iotd.model.state import Cache, State
 
@@ -28,9 +28,9 @@ CHUNK = 128
 class Decoder:
     """One opened decoder graph. Not thread-safe: one thread owns it."""
 
-    def __init__(self, folder: Path, spec: ModelSpec, embedding: TableEntry, threads: int) -> None:
+    def __init__(self, folder: Path, spec: ModelSpec, embedding: TableEntry, open_graph: OpenGraph) -> None:
         self.spec = spec
-        self._session = open_session(folder / DECODER, threads)
+        self._session = open_graph(folder / DECODER)
         self._check_graph(folder / DECODER)
         self._table = EmbeddingTable(folder, embedding, spec.vocab_size, spec.hidden_size)
         self._embeds = np.zeros((1, CHUNK, spec.hidden_size), np.float32)

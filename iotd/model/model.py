@@ -1,6 +1,7 @@
 """The model as the rest of iotd sees it: one opened package, with what is needed to read and to answer."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, overload
 
@@ -13,7 +14,9 @@ from iotd.model.chat import ChatTemplate, Message
 from iotd.model.decoder import Decoder
 from iotd.model.generation import Generation
 from iotd.model.package import CHAT, TOKENIZER, Manifest, read_manifest, verify
+from iotd.model.packed import open_packed
 from iotd.model.sampling import check_sampling
+from iotd.model.session import OpenGraph, open_session
 from iotd.model.spec import ModelSpec
 from iotd.model.state import State
 from iotd.model.tokenizer import Tokenizer
@@ -27,27 +30,35 @@ ALL = slice(None)
 class Model:
     """A package opened for inference on the CPU. Not thread-safe: one thread owns it."""
 
-    def __init__(self, folder: Path, manifest: Manifest, threads: int, max_image_pixels: int | None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, open_graph: OpenGraph, max_image_pixels: int | None) -> None:
         self.manifest = manifest
         self.tokenizer = Tokenizer.open(folder / TOKENIZER)
         self.chat = ChatTemplate.from_json((folder / CHAT).read_bytes())
-        self._decoder = Decoder(folder, manifest.spec, manifest.embedding, threads)
+        self._decoder = Decoder(folder, manifest.spec, manifest.embedding, open_graph)
         self._folder = folder
-        self._threads = threads
+        self._open_graph = open_graph
         self._max_image_pixels = max_image_pixels
         self._vision: VisionEncoder | None = None
 
     @classmethod
-    def open(cls, path: Path | str, *, threads: int = 2, max_image_pixels: int | None = None) -> "Model":
+    def open(
+        cls, path: Path | str, *, threads: int = 2, max_image_pixels: int | None = None, pack: bool = True
+    ) -> "Model":
         """Open the package in the folder `path`, checking its files against its manifest.
 
-        `max_image_pixels` bounds the size images are resized to, below the package's own bound.
+        `max_image_pixels` bounds the size images are resized to, below the package's own bound. `pack` keeps the
+        weights of a large package in the cache as this machine's kernels want them: half the memory, a faster start.
         Raises PackageError for what is no package, damaged, or of another format.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
         verify(folder, manifest)
-        return cls(folder, manifest, threads, max_image_pixels)
+        open_graph = (
+            partial(open_packed, threads=threads, fingerprint=manifest.fingerprint)
+            if pack
+            else partial(open_session, threads=threads)
+        )
+        return cls(folder, manifest, open_graph, max_image_pixels)
 
     @property
     def name(self) -> str:
@@ -179,5 +190,5 @@ class Model:
         if self._vision is None:
             if self.spec.vision is None:
                 raise InvalidInput(f"{self.name} was converted without vision: ask it without images", field="images")
-            self._vision = VisionEncoder(self._folder, self.spec.vision, self._threads, self._max_image_pixels)
+            self._vision = VisionEncoder(self._folder, self.spec.vision, self._open_graph, self._max_image_pixels)
         return self._vision

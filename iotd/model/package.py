@@ -114,7 +114,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
     Raises PackageError naming the first file that differs.
     """
     stamp = _stamp(folder, manifest)
-    marker = _cache_folder() / f"verified-{stamp[:32]}"
+    marker = cache_folder() / f"verified-{stamp[:32]}"
     if os.path.exists(marker):  # noqa: PTH110 - Path.exists raises where a folder above may not be read
         return
     for name, entry in manifest.files.items():
@@ -169,7 +169,7 @@ def _stamp(folder: Path, manifest: Manifest) -> str:
     return digest.hexdigest()
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """systemd's CACHE_DIRECTORY, else the XDG cache."""
     if folder := os.environ.get("CACHE_DIRECTORY"):
         return Path(folder.split(":")[0])

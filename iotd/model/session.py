@@ -1,21 +1,30 @@
 """How iotd opens onnxruntime sessions. The only place that sets their options."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime as ort
 
 from iotd.errors import PackageError
 
+OpenGraph = Callable[[Path], ort.InferenceSession]
+"""Opens one graph of a package. Raises PackageError."""
 
-def open_session(path: Path, threads: int) -> ort.InferenceSession:
+
+def open_session(path: Path, threads: int, *, save_as: Path | None = None, **entries: str) -> ort.InferenceSession:
     """Open a graph of a package on the CPU with `threads` compute threads.
 
+    save_as: where to write it as it was optimised. entries: onnxruntime's session configuration.
     Raises PackageError where onnxruntime refuses the graph, such as one with operators that it does not know.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if save_as is not None:
+        options.optimized_model_filepath = str(save_as)
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions share no public base class

