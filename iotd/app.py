@@ -198,6 +198,7 @@ class Daemon:
         # What is loaded by now stays: a full collection that looks through it all takes 15 ms, a late answer's worth.
         gc.collect()
         gc.freeze()
+        board.give_back_memory()  # loading leaves some 40 MB of it
         mqtt, model, window = self._config.mqtt, engine.status().model, self._config.context.window
         if mqtt.host:
             self._link = Link(

@@ -21,6 +21,7 @@ def open_session(path: Path, threads: int, *, save_as: Path | None = None, **ent
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.enable_mem_pattern = False  # one plan for each length of a run takes memory, and no time is saved by it
     if save_as is not None:
         options.optimized_model_filepath = str(save_as)
     for key, value in entries.items():

@@ -3,6 +3,8 @@
 Allocated once; copied, reset and handed to the decoder, which advances it in place. Knows nothing of tokens.
 """
 
+import math
+import mmap
 from collections.abc import Mapping
 
 import numpy as np
@@ -157,8 +159,12 @@ class State:
 
 
 def _zeros(shape: tuple[int, ...]) -> Floats:
-    # Written, unlike np.zeros: all of it is resident from the start, and what cannot be had is missed now.
-    return np.full(shape, 0, np.float32)
+    """Pages of their own, which take memory once they are written: rows kept in reserve cost nothing until then."""
+    nbytes = 4 * math.prod(shape)
+    if not nbytes:
+        return np.zeros(shape, np.float32)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, np.float32).reshape(shape)
 
 
 def _is_cache(name: str) -> bool:
