@@ -74,6 +74,10 @@ class AskConfig(_Section, frozen=True):
     """Memory of all conversations that are kept, each of which takes a whole state; the one unused for longest makes
     way. 0 keeps none."""
     max_images: Annotated[int, msgspec.Meta(ge=0, le=64)] = 4
+    drafting: bool = False
+    """Guess at the words of an answer from the readings it may quote, and read several at once where the guess is
+    right: twice as fast for long quotations on the 0.8B, of no use for short answers. Takes one more recurrent state
+    (20 MB with the 0.8B)."""
 
 
 class SubscriptionConfig(_Section, frozen=True):

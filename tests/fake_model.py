@@ -170,7 +170,9 @@ class FakeModel:
         assert embedding.shape[0] == grid[0] * grid[1] * grid[2]
         return self._run("place", state, [row.tobytes() for row in embedding[rows]], logits)
 
-    def generation(self, state: FakeState, logits: Floats, sampling: Sampling) -> Generation:
+    def generation(
+        self, state: FakeState, logits: Floats, sampling: Sampling, said: Iterable[int] | None = None
+    ) -> Generation:
         return Generation(self, state, logits, sampling, self.tokenizer.stream(), {EOS})  # type: ignore[arg-type] # a stand-in
 
     def logits(self, state: FakeState) -> Floats:

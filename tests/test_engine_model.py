@@ -102,6 +102,23 @@ def test_a_fork_never_changes_its_parent(model: Model) -> None:
         assert np.array_equal(after.tensors[name][used], tensor[used]), name
 
 
+def test_guessing_at_its_words_changes_no_answer_and_no_session(model: Model) -> None:
+    said: list[list[str]] = []
+    for drafting in (False, True):
+        engine = make_engine(model, drafting=drafting)
+        observe(engine, 0, 12)
+        answers = []
+        session = None
+        for question in ("how warm?", "how warm?", "and now?"):
+            sink, _ = engine.ask(question, max_tokens=40, session=session, keep_session=True)
+            engine.settle()
+            assert isinstance(sink.end, Done)
+            session = sink.end.session
+            answers.append(sink.text)
+        said.append([*answers, engine.answer("how warm?", max_tokens=8)])
+    assert said[0] == said[1]
+
+
 def test_20_000_tokens_leave_the_memory_where_2_000_left_it(model: Model) -> None:
     engine = make_engine(model, chunk_tokens=64)
     resident = [resident_nbytes()]

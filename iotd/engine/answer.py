@@ -40,6 +40,8 @@ class Kit:
     sessions: Sessions
     fork: State
     """The one state that answers run on, in rows lent by the context; one answer at a time."""
+    drafting: bool
+    """Guess at the tokens that follow."""
     image_tokens: int
     """Most tokens that the images of one ask take together."""
     chunk_tokens: int
@@ -82,9 +84,9 @@ class Answer:
             return
         session = kit.sessions.get(name)
         if session is self._session:
-            session.state.take_over(kit.fork)
+            session.state.take_over(generation.state)
         else:
-            kit.fork.copy_into(session.state)
+            generation.state.copy_into(session.state)
         session.unread = generation.unread
         if self._session is None or self._call.ask.catch_up:
             session.n_read = kit.context.n_read
@@ -119,7 +121,9 @@ class Answer:
             yield
         logits = self._feed(prompt[-1], logits=True)
         assert logits is not None
-        self._generation = self._kit.model.generation(self._kit.fork, logits, self._call.ask.sampling)
+        self._generation = self._kit.model.generation(
+            self._kit.fork, logits, self._call.ask.sampling, said=self._said(prompt) if self._kit.drafting else None
+        )
         while True:
             yield
             self._step(self._generation)
@@ -165,6 +169,14 @@ class Answer:
         if needed > available:
             raise ContextOverflow(needed, available)
         return list(chunks(parts, lambda: kit.chunk_tokens))
+
+    def _said(self, prompt: list[Chunk]) -> Iterator[int]:
+        """Tokens that the answer may quote; what a session has read long ago is not among them."""
+        if self._session is not None or self._call.ask.use_context:
+            yield from self._kit.context.said()
+        for chunk in prompt:
+            if not isinstance(chunk, Rows):
+                yield from chunk
 
     @property
     def _parent(self) -> State:

@@ -271,6 +271,13 @@ class Context:
                 return f"it was made with another {what}"
         return None
 
+    def said(self) -> Iterator[int]:
+        """Tokens of the events that are remembered, in their order, without those of images."""
+        for entry in self._history:
+            for part in entry.parts:
+                if isinstance(part, list):
+                    yield from part
+
     def since(self, n_read: int, max_tokens: int) -> list[Part]:
         """What was read after the first `n_read` events, with its dates: the newest that fit into `max_tokens`."""
         kept: deque[Entry] = deque()

@@ -127,6 +127,7 @@ class Engine:
             ledger=self._ledger,
             sessions=self._sessions,
             fork=self._fork,
+            drafting=ask.drafting,
             image_tokens=ask.reserve_tokens // 2,
             chunk_tokens=chunk_tokens,
             clock=clock,

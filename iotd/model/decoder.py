@@ -21,6 +21,8 @@ from iotd.model.state import Cache, State
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+MOST_ROWS = 8
+"""Tokens after which logits are given in one run, at most."""
 CHUNK = 128
 """Most tokens in one run: the graph's activations grow with it, its speed hardly does beyond this."""
 
@@ -36,6 +38,7 @@ class Decoder:
         self._embeds = np.zeros((1, CHUNK, spec.hidden_size), np.float32)
         self._positions = np.zeros(3 * CHUNK, np.int64)
         self._row = np.zeros(1, np.int64)
+        self._rows = np.zeros(MOST_ROWS, np.int64)
         self._last = np.zeros(1, np.int32)
         self._total = np.zeros(1, np.int32)
         self._logits = np.zeros((1, 1, spec.vocab_size), np.float32)
@@ -54,7 +57,7 @@ class Decoder:
             self._table.rows(part, self._embeds[0, : len(part)])
             positions = np.broadcast_to(state.rope_position + np.arange(len(part)), (3, len(part)))
             last = start + CHUNK >= len(ids)
-            self._run(state, positions, logits and last)
+            self._run(state, positions, int(logits and last))
             state.rope_position += len(part)
         return self._logits[0, 0].copy() if logits else None
 
@@ -65,10 +68,29 @@ class Decoder:
             raise InvalidInput(f"token id {token_id} is outside of the vocabulary of {self.spec.vocab_size}")
         self._row[0] = token_id
         self._table.rows(self._row, self._embeds[0, :1])
-        self._run(state, np.full((3, 1), state.rope_position), True)
+        self._run(state, np.full((3, 1), state.rope_position), 1)
         state.rope_position += 1
         logits: Floats = self._logits[0, 0]
         return logits
+
+    def verify(self, state: State, beside: State, token_ids: Sequence[int], n_rows: int) -> Floats:
+        """Read a few tokens after `state`, which stays as it is; it is `beside`, without rows of its own, that has read
+        them. Returns float32 [n_rows, V] after each of the last of them, a view that the next call overwrites.
+
+        Raises ContextOverflow or InvalidInput before anything is run, also for more than MOST_ROWS tokens.
+        """
+        ids = self._checked_ids(token_ids)
+        self._check_room(state, len(ids))
+        if not 1 <= n_rows <= len(ids) <= MOST_ROWS:
+            raise InvalidInput(f"logits of {n_rows} of {len(ids)} tokens: at most {MOST_ROWS} are verified at once")
+        if len(self._logits[0]) < MOST_ROWS:
+            self._logits = np.zeros((1, MOST_ROWS, self.spec.vocab_size), np.float32)
+        self._table.rows(ids, self._embeds[0, : len(ids)])
+        positions = np.broadcast_to(state.rope_position + np.arange(len(ids)), (3, len(ids)))
+        beside.work_beside(state)
+        beside.position, beside.rope_position = state.position, state.rope_position + len(ids)
+        self._run(beside, positions, n_rows, after=state)
+        return self._logits[0, :n_rows]
 
     def prefill_embeddings(
         self, state: State, embeddings: Floats, positions: Ints, rope_span: int, *, logits: bool = False
@@ -83,16 +105,23 @@ class Decoder:
             part = embeddings[start : start + CHUNK]
             self._embeds[0, : len(part)] = part
             last = start + CHUNK >= len(embeddings)
-            self._run(state, base + positions[:, start : start + CHUNK], logits and last)
+            self._run(state, base + positions[:, start : start + CHUNK], int(logits and last))
         state.rope_position = base + rope_span
         return self._logits[0, 0].copy() if logits else None
 
-    def _run(self, state: State, positions: Ints, logits: bool) -> None:
-        """Advance the state over the embeddings in the input buffer, float32 [1, T, D], at rotary positions [3, T]."""
+    def _run(self, state: State, positions: Ints, n_rows: int, after: State | None = None) -> None:
+        """Advance the state over the embeddings in the input buffer, float32 [1, T, D], at rotary positions [3, T].
+
+        n_rows: how many of the last tokens have logits. after: go on from that state instead, which stays as it is.
+        """
         length = positions.shape[1]
         self._positions[: 3 * length] = positions.reshape(-1)
-        self._row[0] = length - 1
-        binding = self._binding(state)
+        self._rows[:n_rows] = np.arange(length - n_rows, length)
+        if after is None:
+            binding = self._binding(state)
+        else:
+            after.claim()
+            binding = self._bind(after, state)
         state.position += length
         self._last[0] = state.position - 1
         self._total[0] = state.position
@@ -100,10 +129,8 @@ class Decoder:
             "inputs_embeds", "cpu", 0, np.float32, (1, length, self.spec.hidden_size), self._embeds.ctypes.data
         )
         binding.bind_input("position_ids", "cpu", 0, np.int64, (3, 1, length), self._positions.ctypes.data)
-        binding.bind_input("logit_rows", "cpu", 0, np.int64, (int(logits),), self._row.ctypes.data)
-        binding.bind_output(
-            "logits", "cpu", 0, np.float32, (1, int(logits), self.spec.vocab_size), self._logits.ctypes.data
-        )
+        binding.bind_input("logit_rows", "cpu", 0, np.int64, (n_rows,), self._rows.ctypes.data)
+        binding.bind_output("logits", "cpu", 0, np.float32, (1, n_rows, self.spec.vocab_size), self._logits.ctypes.data)
         self._session.run_with_iobinding(binding)
 
     def _binding(self, state: State) -> ort.IOBinding:
@@ -113,17 +140,17 @@ class Decoder:
         if binding is None:
             if state.spec is not self.spec:  # two models of one shape have equal specs
                 raise StateMismatch("this state belongs to another model")
-            binding = self._bind(state)
+            binding = self._bind(state, state)
             self._bindings.setdefault(state, WeakKeyDictionary())[state.cache] = binding
         return binding
 
-    def _bind(self, state: State) -> ort.IOBinding:
-        if len(self._cos) < state.capacity:
-            self._cos, self._sin = rotary_tables(self.spec, state.capacity)
+    def _bind(self, past: State, present: State) -> ort.IOBinding:
+        if len(self._cos) < past.capacity:
+            self._cos, self._sin = rotary_tables(self.spec, past.capacity)
             self._bindings.clear()
         binding = self._session.io_binding()
-        for name, tensor in state.tensors.items():
-            for bind, side in ((binding.bind_input, "past"), (binding.bind_output, "present")):
+        for bind, side, state in ((binding.bind_input, "past", past), (binding.bind_output, "present", present)):
+            for name, tensor in state.tensors.items():
                 bind(f"{side}.{name}", "cpu", 0, np.float32, tensor.shape, tensor.ctypes.data)
         for name, table in (("cos_table", self._cos), ("sin_table", self._sin)):
             binding.bind_input(name, "cpu", 0, np.float32, table.shape, table.ctypes.data)

@@ -1,7 +1,7 @@
 """The model as the rest of iotd sees it: one opened package, with what is needed to read and to answer."""
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, overload
 
@@ -12,7 +12,8 @@ from iotd.errors import ContextOverflow, InvalidInput
 from iotd.events import RGB, Sampling
 from iotd.model.chat import ChatTemplate, Message
 from iotd.model.decoder import Decoder
-from iotd.model.generation import Generation
+from iotd.model.generation import Drafting, Generation
+from iotd.model.lookup import Lookup
 from iotd.model.package import CHAT, TOKENIZER, Manifest, read_manifest, verify
 from iotd.model.packed import open_packed
 from iotd.model.sampling import check_sampling
@@ -125,9 +126,22 @@ class Model:
         part = embeddings[rows], offsets[:, rows]
         return self._decoder.prefill_embeddings(state, *part, span if last else 0, logits=logits)
 
-    def generation(self, state: State, logits: Floats, sampling: Sampling) -> Generation:
-        """An answer that goes on from `state` and its last logits, one token a step."""
-        return Generation(self._decoder, state, logits, sampling, self.tokenizer.stream(), self.spec.eos_token_ids)
+    def generation(
+        self, state: State, logits: Floats, sampling: Sampling, *, said: Iterable[int] | None = None
+    ) -> Generation:
+        """An answer that goes on from `state` and its last logits, one run of the model a step.
+
+        `said` are the tokens that it may quote, such as those the state has read: several of them are then read in one
+        run where they are guessed rightly. The text is the same, but for the last bits of floating point.
+        """
+        drafting = None if said is None else Drafting(Lookup(said), self._beside)
+        stream = self.tokenizer.stream()
+        return Generation(self._decoder, state, logits, sampling, stream, self.spec.eos_token_ids, drafting)
+
+    @cached_property
+    def _beside(self) -> State:
+        """For drafting; made when it is first used."""
+        return self.new_state(0)
 
     def generate(
         self,

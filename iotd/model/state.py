@@ -116,6 +116,16 @@ class State:
         fork.claim()
         fork._continue_in(self)
 
+    def work_beside(self, other: "State") -> None:
+        """Work in the same rows as `other`, a state of the same model, which may run from there to here."""
+        self._check_kin(other)
+        self._cache = other._cache
+
+    def take_rows(self) -> None:
+        """Go on in the place of the state that this one works beside: the rows are this one's to write."""
+        if self._cache is not self._own:
+            self._cache.borrower = self
+
     def arrays(self) -> dict[str, Floats]:
         """What it holds, by name: views of its buffers, of the key/value cache only the part in use."""
         used = {name: tensor[:, :, : self.position] for name, tensor in self._cache.tensors.items()}
