@@ -14,7 +14,8 @@ import click
 import pytest
 from daemon import ServeProcess, serving, write_config
 
-from iotd.cli import DURATION, commands
+from iotd.cli import commands
+from iotd.cli.options import DURATION
 
 HEAVY = {"onnxruntime", "numpy", "cv2", "grpc", "paho", "rich", "yaml", "msgspec", "onnx", "asyncio"}
 

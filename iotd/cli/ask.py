@@ -1,0 +1,65 @@
+"""One question to a running daemon."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from iotd.cli.options import DURATION, FILE, JSON, TARGET, TLS, Number
+from iotd.cli.show import plain, visible
+
+if TYPE_CHECKING:
+    from iotd.client import Answer
+
+
+@click.command()
+@click.argument("question")
+@click.option("--image", "images", type=FILE, multiple=True, help="JPEG or PNG put before the question; repeatable.")
+@click.option("--camera", help="Puts this camera's newest frame before the question.")
+@click.option("--budget", type=DURATION, help="Time for the whole answer, such as 2s; the server's default otherwise.")
+@TARGET
+@TLS
+@click.option("--no-context", is_flag=True, help="Ask the model alone, without the stream of readings.")
+@click.option("--exact", is_flag=True, help="Put exact figures of the sensors it names before the question.")
+@click.option("--sensor", "sensors", multiple=True, help="The same, of this label or pattern; repeatable.")
+@click.option("--keep-session", is_flag=True, help="Keep where the answer ends; says by which name to go on.")
+@click.option("--session", help="Go on from the answer that was kept under this name.")
+@click.option("--catch-up", is_flag=True, help="With --session: read what has come since, before the question.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Longest answer, in tokens.")
+@click.option("--temperature", type=Number(0), help="0 takes the most likely token each time.")
+@click.option("--seed", type=click.IntRange(0), help="The same seed gives the same answer.")
+@click.option("--thinking", is_flag=True, help="Let the model think first.")
+@JSON
+def ask(question: str, target: str, as_json: bool, **options: Any) -> None:
+    """Ask the daemon one QUESTION; the answer streams to the terminal."""
+    from iotd.client import Client
+
+    files = {name: options.pop(name) for name in ("ca_file", "cert_file", "key_file")}
+    options |= {
+        "budget_s": options.pop("budget"),
+        "use_context": not options.pop("no_context"),
+        "exact_readings": options.pop("exact"),
+        "thinking": options.pop("thinking") or None,
+    }
+    with Client(target, **files) as client, client.ask(question, **options) as answer:
+        for piece in answer:
+            click.echo(json.dumps({"delta": piece}) if as_json else visible(piece), nl=as_json)
+            sys.stdout.flush()
+        if as_json:
+            click.echo(json.dumps({"done": plain(answer.done)}))
+        else:
+            click.echo()
+            _tell_end(answer.result)
+
+
+def _tell_end(answer: "Answer") -> None:
+    """Why it ended and how long it took, for a person at the terminal."""
+    if not sys.stderr.isatty():
+        return
+    usage, timings = answer.usage, answer.timings
+    text = f"{answer.finish_reason.value}: {usage.generation_tokens} tokens in {timings.total_s:.2f} s"
+    text += f", the first after {timings.first_token_s:.2f} s; {usage.context_tokens} tokens of context"
+    if answer.session:
+        text += f"; go on with --session {answer.session}"
+    click.secho(text, dim=True, err=True)

@@ -1,0 +1,98 @@
+"""What a package costs on this machine."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from iotd.cli.options import JSON, THREADS
+from iotd.cli.show import plain
+
+if TYPE_CHECKING:
+    from iotd.ops.bench import Figure
+    from iotd.ops.peers import LlamaServer
+
+
+class DefaultGroup(click.Group):
+    """Commands of which one may be left out: what is none of their names is its first argument."""
+
+    default = "speed"
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            args = [self.default, *args]
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+
+VS = click.option("--vs", metavar="URL", help="A llama.cpp server on a model of the same shape: measured in turn.")
+REPEAT = click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs of each figure.")
+
+
+@click.group(cls=DefaultGroup)
+def bench() -> None:
+    """Measure a model package on this machine. `iotd bench PACKAGE` is `iotd bench speed PACKAGE`."""
+
+
+@bench.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@THREADS
+@REPEAT
+@VS
+@JSON
+def speed(package: Path, threads: int, repeat: int, vs: str | None, as_json: bool) -> None:
+    """Load, prefill, decode, image encoding, memory."""
+    from iotd.ops import bench as measure
+
+    figures = measure.run(package, threads=threads, repeat=repeat, peer=_peer(vs))
+    _tell_figures(figures, threads, repeat, as_json)
+
+
+@bench.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option(
+    "--length",
+    "lengths",
+    type=click.IntRange(50, 2000),
+    multiple=True,
+    default=(100, 2000),
+    show_default=True,
+    help="Tokens of context, ascending; repeatable.",
+)
+@THREADS
+@REPEAT
+@VS
+@JSON
+def context(package: Path, lengths: tuple[int, ...], threads: int, repeat: int, vs: str | None, as_json: bool) -> None:
+    """How soon an answer to a new question of 20 tokens begins over the warm context, and what a fork costs."""
+    from iotd.ops import bench_context
+
+    figures = bench_context.run(package, threads=threads, repeat=repeat, lengths=lengths, peer=_peer(vs))
+    _tell_figures(figures, threads, repeat, as_json)
+
+
+def _peer(url: str | None) -> "LlamaServer | None":
+    from iotd.ops.peers import LlamaServer
+
+    return LlamaServer(url) if url else None
+
+
+def _tell_figures(figures: "Iterable[Figure]", threads: int, repeat: int, as_json: bool) -> None:
+    from iotd.ops.bench import machine
+
+    if not as_json:
+        click.echo(f"{machine()}; {threads} threads; medians of {repeat} (lowest to highest)")
+    for figure in figures:
+        if as_json:
+            click.echo(json.dumps({**plain(figure), "threads": threads, "repeat": repeat}))
+        else:
+            spread = f"  ({figure.lowest:,.2f} to {figure.highest:,.2f})" if figure.lowest < figure.highest else ""
+            click.echo(f"{figure.name:<28}{figure.median:>10,.2f} {figure.unit}{spread}")

@@ -1,0 +1,80 @@
+"""From a checkpoint to a package: convert, pull."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from iotd.cli.options import JSON
+from iotd.cli.show import extra, progress
+
+if TYPE_CHECKING:
+    from iotd.model.package import Manifest
+
+
+RECIPE = click.option(
+    "--recipe", type=click.Choice(["int4", "int8", "fp32"]), default="int4", show_default=True, help="Of the weights."
+)
+NO_VISION = click.option("--no-vision", is_flag=True, help="Leave out the vision tower: text only.")
+
+
+@click.command()
+@click.argument("paths", nargs=-1, type=click.Path(path_type=Path), metavar="[CHECKPOINT] OUT")
+@RECIPE
+@NO_VISION
+@click.option(
+    "--random", "size", metavar="SIZE", help="Random weights of this size (0.8b, tiny) in CHECKPOINT's place."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random weights.")
+@JSON
+def convert(paths: tuple[Path, ...], recipe: str, no_vision: bool, size: str | None, seed: int, as_json: bool) -> None:
+    """Turn a checkpoint into a model package.
+
+    CHECKPOINT is a folder as save_pretrained of transformers writes it; OUT the package's folder, for `model.path`.
+    """
+    if len(paths) != (1 if size else 2):
+        raise click.UsageError("give CHECKPOINT and OUT" if not size else "with --random give OUT alone")
+    with extra("convert"):
+        from iotd.convert.checkpoint import Checkpoint
+        from iotd.convert.convert import convert_checkpoint, convert_random
+        from iotd.convert.random import N_PARAMETERS
+    if size and size not in N_PARAMETERS:
+        raise click.BadParameter(f"{size!r} is none of {', '.join(N_PARAMETERS)}", param_hint="--random")
+    total = N_PARAMETERS[size] if size else Checkpoint(paths[0]).n_elements
+    with progress("converting", total, as_json) as advance:
+        if size:
+            made = convert_random(size, paths[0], recipe=recipe, vision=not no_vision, seed=seed, progress=advance)
+        else:
+            made = convert_checkpoint(paths[0], paths[1], recipe=recipe, vision=not no_vision, progress=advance)
+    _tell_package(paths[-1], made, as_json)
+
+
+@click.command()
+@click.argument("repo")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--revision", help="Branch, tag or commit; the newest otherwise.")
+@RECIPE
+@NO_VISION
+@JSON
+def pull(repo: str, out: Path, revision: str | None, recipe: str, no_vision: bool, as_json: bool) -> None:
+    """Fetch a checkpoint from the model hub and convert it.
+
+    REPO is its name there, such as Qwen/Qwen3.5-0.8B; OUT the package's folder, for `model.path`.
+    """
+    with extra("convert"):
+        from iotd.convert.checkpoint import Checkpoint
+        from iotd.convert.convert import convert_checkpoint
+        from iotd.convert.hub import fetch
+    folder, source = fetch(repo, revision)
+    with progress("converting", Checkpoint(folder).n_elements, as_json) as advance:
+        made = convert_checkpoint(folder, out, recipe=recipe, vision=not no_vision, source=source, progress=advance)
+    _tell_package(out, made, as_json)
+
+
+def _tell_package(path: Path, made: "Manifest", as_json: bool) -> None:
+    nbytes = sum(entry.nbytes for entry in made.files.values())
+    if as_json:
+        click.echo(json.dumps({"path": str(path), "name": made.name, "recipe": made.recipe.name, "nbytes": nbytes}))
+    else:
+        click.echo(f"{path}: {made.name}, {made.recipe.name}, {nbytes / 1e6:,.1f} MB")
