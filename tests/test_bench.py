@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from iotd.errors import Unavailable
-from iotd.ops import bench, bench_context
+from iotd.ops import bench, bench_context, bench_profile
 from iotd.ops.peers import LlamaServer, Speeds
 
 
@@ -78,6 +78,17 @@ def test_a_peer_is_asked_new_questions_over_the_same_context(tiny_package: Path,
     assert all(prompt[:200] == read and len(prompt) == 220 for prompt in asked)
     assert len({tuple(prompt) for prompt in asked}) == 3
     assert found[-1].name == "left behind by 100 forks"
+
+
+def test_a_profile_says_where_the_time_goes(tiny_int4_package: Path) -> None:
+    found = [*bench_profile.run(tiny_int4_package, threads=1)]
+    for what in ("decode", "prefill 128"):
+        shares = [share for share in found if share.what == what]
+        assert sum(share.part for share in shares) == pytest.approx(1)
+        assert shares == sorted(shares, key=lambda share: -share.mean_ms)
+        assert {"MatMulNBits", "LinearAttention", "GroupQueryAttention"} <= {share.operator for share in shares}
+    reading, decoding = (next(s for s in found if s.what == what) for what in ("prefill 128", "decode"))
+    assert reading.mean_ms > decoding.mean_ms > 0
 
 
 def test_what_is_no_llama_server_is_said_so(peer: Peer) -> None:

@@ -79,6 +79,27 @@ def context(package: Path, lengths: tuple[int, ...], threads: int, repeat: int, 
     _tell_figures(figures, threads, repeat, as_json)
 
 
+@bench.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@THREADS
+@click.option("--least", type=click.FloatRange(0, 100), default=1.0, show_default=True, help="Percent worth a line.")
+@JSON
+def profile(package: Path, threads: int, least: float, as_json: bool) -> None:
+    """Which operators reading and decoding spend their time in."""
+    from iotd.ops import bench_profile
+    from iotd.ops.bench import machine
+
+    if not as_json:
+        click.echo(f"{machine()}; {threads} threads\n{'':<14}{'operator':<34}{'nodes':>6}{'ms a run':>10}{'part':>8}")
+    for share in bench_profile.run(package, threads=threads):
+        if 100 * share.part < least:
+            continue
+        if as_json:
+            click.echo(json.dumps(plain(share)))
+        else:
+            click.echo(f"{share.what:<14}{share.operator:<34}{share.nodes:>6}{share.mean_ms:>10.2f}{share.part:>8.1%}")
+
+
 def _peer(url: str | None) -> "LlamaServer | None":
     from iotd.ops.peers import LlamaServer
 

@@ -109,6 +109,10 @@ class Decoder:
         state.rope_position = base + rope_span
         return self._logits[0, 0].copy() if logits else None
 
+    def end_profile(self) -> Path:
+        """Of a session that was opened for it."""
+        return Path(self._session.end_profiling())
+
     def _run(self, state: State, positions: Ints, n_rows: int, after: State | None = None) -> None:
         """Advance the state over the embeddings in the input buffer, float32 [1, T, D], at rotary positions [3, T].
 

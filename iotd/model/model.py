@@ -43,12 +43,20 @@ class Model:
 
     @classmethod
     def open(
-        cls, path: Path | str, *, threads: int = 2, max_image_pixels: int | None = None, pack: bool = True
+        cls,
+        path: Path | str,
+        *,
+        threads: int = 2,
+        max_image_pixels: int | None = None,
+        pack: bool = True,
+        profile: Path | None = None,
     ) -> "Model":
         """Open the package in the folder `path`, checking its files against its manifest.
 
         `max_image_pixels` bounds the size images are resized to, below the package's own bound. `pack` keeps the
         weights of a large package in the cache as this machine's kernels want them: half the memory, a faster start.
+        `profile` measures the decoder's operators up to `end_profile`, with a file's name to begin with; nothing is
+        packed then.
         Raises PackageError for what is no package, damaged, or of another format.
         """
         folder = Path(path)
@@ -56,8 +64,8 @@ class Model:
         verify(folder, manifest)
         open_graph = (
             partial(open_packed, threads=threads, fingerprint=manifest.fingerprint)
-            if pack
-            else partial(open_session, threads=threads)
+            if pack and profile is None
+            else partial(open_session, threads=threads, profile=profile)
         )
         return cls(folder, manifest, open_graph, max_image_pixels)
 
@@ -192,6 +200,10 @@ class Model:
     def _parts(self, messages: Sequence[Message], thinking: bool) -> list[list[int] | RGB]:
         """The prompt as runs of token ids and images between them."""
         return self.chat.tokenize(self.chat.render(messages, thinking), self.tokenizer)
+
+    def end_profile(self) -> Path:
+        """The file, in Chrome's trace format, with all that the decoder has run since it was opened for profiling."""
+        return self._decoder.end_profile()
 
     def _n_tokens(self, part: list[int] | RGB) -> int:
         if isinstance(part, list):

@@ -69,7 +69,7 @@ def _pack(path: Path, folder: Path, threads: int, nbytes: int) -> None:
             path,
             threads,
             save_as=making / _GRAPH,
-            **{
+            entries={
                 "session.optimized_model_external_initializers_file_name": _DATA,
                 "session.save_external_prepacked_constant_initializers": "1",
             },

@@ -1,6 +1,6 @@
 """How iotd opens onnxruntime sessions. The only place that sets their options."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnxruntime as ort
@@ -11,10 +11,18 @@ OpenGraph = Callable[[Path], ort.InferenceSession]
 """Opens one graph of a package. Raises PackageError."""
 
 
-def open_session(path: Path, threads: int, *, save_as: Path | None = None, **entries: str) -> ort.InferenceSession:
+def open_session(
+    path: Path,
+    threads: int,
+    *,
+    save_as: Path | None = None,
+    profile: Path | None = None,
+    entries: Mapping[str, str] = {},
+) -> ort.InferenceSession:
     """Open a graph of a package on the CPU with `threads` compute threads.
 
-    save_as: where to write it as it was optimised. entries: onnxruntime's session configuration.
+    save_as: where to write it as it was optimised. profile: where to write what each operator takes, up to the
+    session's `end_profiling`; onnxruntime adds the time to the name. entries: onnxruntime's session configuration.
     Raises PackageError where onnxruntime refuses the graph, such as one with operators that it does not know.
     """
     options = ort.SessionOptions()
@@ -24,7 +32,10 @@ def open_session(path: Path, threads: int, *, save_as: Path | None = None, **ent
     options.enable_mem_pattern = False  # one plan for each length of a run takes memory, and no time is saved by it
     if save_as is not None:
         options.optimized_model_filepath = str(save_as)
-    for key, value in entries.items():
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    for key, value in (entries or {}).items():
         options.add_session_config_entry(key, value)
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

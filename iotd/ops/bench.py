@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from iotd.model import Model, State
 from iotd.ops import board
@@ -71,13 +72,13 @@ def run(package: Path, *, threads: int, repeat: int, peer: LlamaServer | None = 
 
 def _against(peer: LlamaServer, model: Model, state: State, repeat: int) -> Iterator[Figure]:
     """Both read and decode the same tokens, one after the other; how many times faster the package is."""
-    ids = _ids(model, DECODE_CONTEXT)
-    peer.speeds(ids, DECODE_STEPS)
+    ids = token_ids(model, DECODE_CONTEXT)
+    peer.speeds(ids.tolist(), DECODE_STEPS)
     ours: list[tuple[float, float]] = []
     theirs: list[Speeds] = []
     for _ in range(repeat):
         ours.append((_prefill(model, state, len(ids)), _decode(model, state)))
-        theirs.append(peer.speeds(ids, DECODE_STEPS))
+        theirs.append(peer.speeds(ids.tolist(), DECODE_STEPS))
     for name, own, other in (
         (f"prefill {len(ids)}", [prefill for prefill, _ in ours], [speeds.prefill for speeds in theirs]),
         (f"decode at {len(ids)}", [decode for _, decode in ours], [speeds.decode for speeds in theirs]),
@@ -89,17 +90,17 @@ def _against(peer: LlamaServer, model: Model, state: State, repeat: int) -> Iter
 
 def _prefill(model: Model, state: State, n_tokens: int) -> float:
     state.reset()
-    ids = _ids(model, n_tokens)
+    ids = token_ids(model, n_tokens)
     return n_tokens / _seconds(lambda: model.prefill(state, ids))
 
 
 def _decode(model: Model, state: State) -> float:
     state.reset()
-    ids = _ids(model, DECODE_CONTEXT)
+    ids = token_ids(model, DECODE_CONTEXT)
     model.prefill(state, ids)
 
     def steps() -> None:
-        for token in ids[:DECODE_STEPS]:
+        for token in ids[:DECODE_STEPS].tolist():
             model.step(state, token)
 
     return DECODE_STEPS / _seconds(steps)
@@ -122,7 +123,6 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began_s
 
 
-def _ids(model: Model, n_tokens: int) -> list[int]:
-    """Tokens that jump through the vocabulary, so that embedding rows are not all in one page."""
-    found: list[int] = np.random.default_rng(n_tokens).integers(0, model.spec.vocab_size, n_tokens).tolist()
-    return found
+def token_ids(model: Model, n_tokens: int) -> NDArray[np.int64]:
+    """int64 [n_tokens] that jump through the vocabulary, so that embedding rows are not all in one page."""
+    return np.random.default_rng(n_tokens).integers(0, model.spec.vocab_size, n_tokens)
