@@ -63,14 +63,17 @@ def run(
 
 
 class _PeerAsker:
-    """Asks a peer one new question after another over the same tokens, which it has read before the first."""
+    """Asks a peer one new question after another over the same tokens.
+
+    Each prompt is those tokens and a question, as a client sends it that knows nothing of the server's cache. Who sends
+    the tokens ahead without a question spares llama.cpp reading its last 516 again.
+    """
 
     def __init__(self, peer: LlamaServer, model: Model, length: int) -> None:
         self._peer = peer
         self._rng = np.random.default_rng(length)
         self._vocab_size = model.spec.vocab_size
         self._context = self._ids(length)
-        peer.first_token_s(self._context)
 
     def first_token_s(self) -> float:
         return self._peer.first_token_s(self._context + self._ids(QUESTION_TOKENS))
