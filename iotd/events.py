@@ -178,6 +178,10 @@ class Answered:
 AnswerEvent = Accepted | Delta | Done | Failed
 
 
+FORGOTTEN = "(forgotten)"
+"""Stands for the sensors and cameras that had to make way for others, where counts are told by name."""
+
+
 @dataclass(frozen=True, slots=True)
 class CameraStatus:
     """What came of one camera's frames since it was first heard."""
@@ -213,9 +217,9 @@ class EngineStatus:
     sessions: int
     """Conversations that can be gone on with."""
     readings: dict[str, int]
-    """Heard of each sensor that is remembered."""
+    """Heard of each sensor that is remembered, and of all others under FORGOTTEN."""
     cameras: tuple[CameraStatus, ...]
-    """Those that are remembered, the one heard last at the end."""
+    """Those that are remembered, the one heard last at the end; before them FORGOTTEN, for all others."""
     recent: tuple[Answered, ...]
     """The asks that ended last, the newest at the end."""
     counters: dict[str, int]

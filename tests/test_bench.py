@@ -100,6 +100,25 @@ def test_what_is_no_llama_server_is_said_so(peer: Peer) -> None:
         LlamaServer(f"{peer.url}/elsewhere").first_token_s([1])
 
 
+@pytest.mark.parametrize("said", [{"error": {"code": 400, "message": "too long"}}, ["no", "completion"]])
+def test_an_error_in_the_stream_is_no_first_token(peer: Peer, said: object) -> None:
+    class Failing(_Handler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(f"data: {json.dumps(said)}\n\n".encode())
+
+    peer.RequestHandlerClass = Failing
+    for call in (lambda: LlamaServer(peer.url).first_token_s([1]), lambda: LlamaServer(peer.url).speeds([1], 2)):
+        with pytest.raises(Unavailable, match="does not answer as llama"):
+            call()
+
+
+def test_what_is_no_address_is_said_so() -> None:
+    with pytest.raises(Unavailable, match="localhost/completion"):
+        LlamaServer("localhost").first_token_s([1])
+
+
 def test_a_server_that_says_nothing_or_is_gone_is_said_so(peer: Peer) -> None:
     class Silent(_Handler):
         def do_POST(self) -> None:

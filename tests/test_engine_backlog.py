@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from iotd.counters import Counters
 from iotd.engine.backlog import Backlog, Shot
 from iotd.engine.engine import COUNTS
-from iotd.events import CameraStatus, Frame, Reading
+from iotd.events import FORGOTTEN, CameraStatus, Frame, Reading
 
 
 def backlog(capacity: int = 4, cameras: int = 2) -> tuple[Backlog, Counters]:
@@ -93,7 +93,7 @@ def test_the_camera_silent_for_longest_is_forgotten() -> None:
     line, counters = backlog(cameras=2)
     for camera in ("a", "b", "a", "c"):
         line.put(frame(1, camera))
-    assert [known.camera for known in line.cameras()] == ["a", "c"]
+    assert [known.camera for known in line.cameras()] == [FORGOTTEN, "a", "c"]
     assert line.newest("b") is None
     assert counters.snapshot()["forgotten_cameras"] == 1
     assert counters.snapshot()["dropped_frames"] == 2
@@ -109,11 +109,13 @@ def test_nothing_is_lost_uncounted(steps: str, capacity: int, cameras: int) -> N
         else:
             line.put(reading(n, source=step) if step in "rs" else frame(n, step))
         assert len(line) <= capacity + cameras
-        assert len(line.cameras()) <= cameras
+        assert len(line.cameras()) <= cameras + 1
     counted = counters.snapshot()
     skipped = counted["dropped_readings"] + counted["coalesced_readings"]
     dropped = skipped + counted["dropped_frames"]
     assert line.take_skipped() == skipped
+    assert counted["frames"] == sum(camera.frames for camera in line.cameras())
+    assert counted["dropped_frames"] == sum(camera.replaced for camera in line.cameras())
     assert counted["readings"] + counted["frames"] == taken + dropped + len(line)
 
 
@@ -125,5 +127,10 @@ def test_what_came_of_each_cameras_frames_is_counted_until_it_is_forgotten() -> 
     line.put(Frame("yard", image(), 8))
     assert line.cameras() == [CameraStatus("door", 7, 3, 2, 1), CameraStatus("yard", 8, 1, 0, 0)]
     line.put(Frame("hall", image(), 9))
-    assert [known.camera for known in line.cameras()] == ["yard", "hall"]
     line.refuse("door")
+    line.turn_away(Frame("yard", image(), 10))
+    assert line.cameras() == [
+        CameraStatus(FORGOTTEN, 0.0, 3, 3, 2),
+        CameraStatus("hall", 9, 1, 0, 0),
+        CameraStatus("yard", 8, 2, 0, 1),
+    ]

@@ -56,6 +56,7 @@ class Answer:
         self._call = call
         self._kit = kit
         self._generation: Generation | None = None
+        self._step_s = 0.0
         self._session: Session | None = None
         self._units = self._work()
 
@@ -145,8 +146,12 @@ class Answer:
         return found
 
     def _step(self, generation: Generation) -> None:
+        began_s = self._kit.clock()
+        # A run of guesses takes up to four times as long as one of a single token: it would overshoot the deadline.
+        near = self._call.ask.deadline_s - began_s < 4 * self._step_s
         with self._timed("decode_s"):
-            piece = generation.step()
+            piece = generation.step(guess=not near)
+        self._step_s = self._kit.clock() - began_s
         self._call.meter.generation_tokens = generation.n_tokens
         self._say(piece)
 
@@ -157,7 +162,7 @@ class Answer:
         if self._session is not None:
             parts.append(self._session.unread + kit.lines.next_turn())
             if ask.catch_up:
-                parts.extend(kit.context.since(self._session.n_read, self._parent.available // 2))
+                parts.extend(kit.context.since(self._session.n_read, self._room // 2))
         if ask.exact_readings:
             parts.extend(self._exact())
         if ask.camera is not None:
@@ -186,11 +191,16 @@ class Answer:
             return self._session.state
         return context.live if self._call.ask.use_context else context.blank
 
+    @property
+    def _room(self) -> int:
+        """Tokens that can still be read, those included that a session has not read yet."""
+        return self._parent.available - (len(self._session.unread) if self._session is not None else 0)
+
     def _exact(self) -> list[Tokens]:
         """As many sensors as fit into a quarter of what is free."""
         ask, kit = self._call.ask, self._kit
         lines = kit.lines.exact(kit.ledger.find(ask.question, ask.sensors, MAX_EXACT))
-        room = self._parent.available // 4
+        room = self._room // 4
         ends = accumulate(map(len, lines))
         return [line for line, end in zip(lines, ends, strict=True) if end <= room]
 

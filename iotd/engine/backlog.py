@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from iotd.counters import Counters
 from iotd.engine.entry import Image
-from iotd.events import RGB, CameraStatus, Frame, Observation, Reading
+from iotd.events import FORGOTTEN, RGB, CameraStatus, Frame, Observation, Reading
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +28,7 @@ class Shot:
 class _Camera:
     """A camera's newest frame, and what came of all of them."""
 
-    newest: Shot
+    newest: Shot | None = None
     frames: int = 0
     replaced: int = 0
     refused: int = 0
@@ -52,6 +52,7 @@ class Backlog:
         """Where the newest reading of each sensor waits."""
         self._n_skipped = 0
         self._cameras: OrderedDict[str, _Camera] = OrderedDict()
+        self._forgotten = _Camera()
         self._n = 0
 
     def __len__(self) -> int:
@@ -87,19 +88,26 @@ class Backlog:
             known = self._cameras.get(camera)
             return None if known is None else known.newest
 
+    def turn_away(self, frame: Frame) -> None:
+        """Count a frame that no model here can see."""
+        self._counters.add("refused_frames")
+        with self._lock:
+            self._counters.add("frames")
+            self._heard(frame.camera).refused += 1
+
     def refuse(self, camera: str) -> None:
         """A frame that was taken does not fit into the context."""
         self._counters.add("refused_frames")
         with self._lock:
-            if camera in self._cameras:
-                self._cameras[camera].refused += 1
+            self._cameras.get(camera, self._forgotten).refused += 1
 
     def cameras(self) -> list[CameraStatus]:
-        """The cameras that are remembered, the one heard last at the end."""
+        """The cameras that are remembered, the one heard last at the end; before them FORGOTTEN, for all others."""
         with self._lock:
+            known = [(FORGOTTEN, self._forgotten)] if self._forgotten.frames else []
             return [
-                CameraStatus(name, c.newest.time_s, c.frames, c.replaced, c.refused)
-                for name, c in self._cameras.items()
+                CameraStatus(name, c.newest.time_s if c.newest else 0.0, c.frames, c.replaced, c.refused)
+                for name, c in (*known, *self._cameras.items())
             ]
 
     def _put_reading(self, reading: Reading) -> None:
@@ -130,19 +138,28 @@ class Backlog:
     def _put_frame(self, frame: Frame) -> None:
         self._counters.add("frames")
         shot = Shot(frame.camera, frame.time_s, frame.rgb)
-        camera = self._cameras.setdefault(frame.camera, _Camera(shot))
+        camera = self._heard(frame.camera)
         camera.newest = shot
-        camera.frames += 1
-        self._cameras.move_to_end(frame.camera)
         if frame.camera in self._line:
             camera.replaced += 1
             self._counters.add("dropped_frames")
         self._line[frame.camera] = shot
+
+    def _heard(self, name: str) -> _Camera:
+        """The camera that has sent one more frame; one too many, and the one silent for longest is forgotten."""
+        camera = self._cameras.setdefault(name, _Camera())
+        camera.frames += 1
+        self._cameras.move_to_end(name)
         if len(self._cameras) > self._max_cameras:
             self._forget_camera()
+        return camera
 
     def _forget_camera(self) -> None:
-        camera, _ = self._cameras.popitem(last=False)
+        name, camera = self._cameras.popitem(last=False)
         self._counters.add("forgotten_cameras")
-        if self._line.pop(camera, None) is not None:
+        if self._line.pop(name, None) is not None:
+            camera.replaced += 1
             self._counters.add("dropped_frames")
+        self._forgotten.frames += camera.frames
+        self._forgotten.replaced += camera.replaced
+        self._forgotten.refused += camera.refused

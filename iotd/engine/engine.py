@@ -113,6 +113,7 @@ class Engine:
             counters=self._counters,
         )
         self._fork = model.new_state(0)
+        self._n_forks = 2 if ask.drafting else 1
         self._ledger = Ledger(self._counters)
         live = self._context.live
         self._sessions = Sessions(
@@ -203,8 +204,7 @@ class Engine:
     def observe(self, observation: Observation) -> None:
         """Take in a reading or a frame, from any thread. Never blocks; what has no room is dropped and counted."""
         if isinstance(observation, Frame) and not self._model.has_vision:
-            self._counters.add("frames")
-            self._counters.add("refused_frames")
+            self._backlog.turn_away(observation)
             return
         if isinstance(observation, Reading):
             self._ledger.hear(observation)
@@ -230,7 +230,7 @@ class Engine:
 
     def cameras(self) -> list[str]:
         """The cameras an ask can name."""
-        return [known.camera for known in self._backlog.cameras()]
+        return [known.camera for known in self._backlog.cameras() if known.newest_s]
 
     def progress_s(self) -> float:
         """Seconds since the last completed unit of work or idle heartbeat: what a watchdog looks at."""
@@ -248,7 +248,7 @@ class Engine:
             newest_event_s=view.newest_s,
             queue_depth=self._asks.depth,
             backlog=len(self._backlog),
-            state_nbytes=self._context.nbytes + self._fork.nbytes + self._sessions.nbytes,
+            state_nbytes=self._context.nbytes + self._n_forks * self._fork.nbytes + self._sessions.nbytes,
             forks=self._asks.running,
             sessions=len(self._sessions),
             readings=self._ledger.heard(),

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from iotd.counters import Counters
-from iotd.events import Reading
+from iotd.events import FORGOTTEN, Reading
 
 MAX_SENSORS = 512
 BUCKET_S = 600.0
@@ -54,6 +54,7 @@ class Ledger:
         self._rows: OrderedDict[str, int] = OrderedDict()
         self._newest: dict[str, Reading] = {}
         self._heard: dict[str, int] = {}
+        self._n_forgotten = 0
         shape = max_sensors, N_BUCKETS
         self._bucket = np.full(shape, -1, np.int64)
         self._lowest, self._highest, self._sum = (np.zeros(shape, np.float64) for _ in range(3))
@@ -71,9 +72,9 @@ class Ledger:
                 self._add(row, int(reading.time_s // BUCKET_S), value)
 
     def heard(self) -> dict[str, int]:
-        """Readings of each sensor that is remembered."""
+        """Readings of each sensor that is remembered, and of all others under FORGOTTEN."""
         with self._lock:
-            return dict(self._heard)
+            return {**self._heard, **({FORGOTTEN: self._n_forgotten} if self._n_forgotten else {})}
 
     def find(self, question: str, patterns: Sequence[str], most: int) -> list[Figures]:
         """At most so many sensors: those whose label fits a pattern, such as `* temperature`; without patterns, those
@@ -94,7 +95,8 @@ class Ledger:
                 row = len(self._rows)
             else:
                 silent, row = self._rows.popitem(last=False)
-                del self._newest[silent], self._heard[silent]
+                del self._newest[silent]
+                self._n_forgotten += self._heard.pop(silent)
                 self._counters.add("forgotten_sensors")
             self._bucket[row] = -1
             self._rows[source] = row

@@ -77,13 +77,14 @@ class Generation:
     def done(self) -> bool:
         return self.finish_reason is not None
 
-    def step(self) -> str:
+    def step(self, *, guess: bool = True) -> str:
         """Run the model once, draw one token or more, and return the text they complete, which may be empty.
 
         The tokens before are read into the state first, so a piece of text never waits for the run after it. A draft
         only saves runs: tokens are drawn from the model's own logits, and it counts as far as they agree with it.
+        guess: False keeps the run short.
         """
-        draft = self._draft() if self._logits is None else []
+        draft = self._draft() if guess and self._logits is None else []
         n_unread = len(self.unread)
         text, n_agreed = "", 0
         for n_agreed, logits in enumerate(self._read(draft)):

@@ -1,7 +1,7 @@
 """The model as the rest of iotd sees it: one opened package, with what is needed to read and to answer."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal, overload
 
@@ -14,8 +14,9 @@ from iotd.model.chat import ChatTemplate, Message
 from iotd.model.decoder import Decoder
 from iotd.model.generation import Drafting, Generation
 from iotd.model.lookup import Lookup
-from iotd.model.package import CHAT, TOKENIZER, Manifest, read_manifest, verify
+from iotd.model.package import CHAT, TOKENIZER, VISION, Manifest, read_manifest, verify
 from iotd.model.packed import open_packed
+from iotd.model.packed import pack as pack_graph
 from iotd.model.sampling import check_sampling
 from iotd.model.session import OpenGraph, open_session
 from iotd.model.spec import ModelSpec
@@ -40,6 +41,7 @@ class Model:
         self._open_graph = open_graph
         self._max_image_pixels = max_image_pixels
         self._vision: VisionEncoder | None = None
+        self._beside: State | None = None
 
     @classmethod
     def open(
@@ -62,6 +64,9 @@ class Model:
         folder = Path(path)
         manifest = read_manifest(folder)
         verify(folder, manifest)
+        if pack and profile is None and manifest.spec.vision is not None:
+            # Now, and not when the first image comes: on a slow card it takes a while.
+            pack_graph(folder / VISION, threads, manifest.fingerprint)
         open_graph = (
             partial(open_packed, threads=threads, fingerprint=manifest.fingerprint)
             if pack and profile is None
@@ -88,7 +93,7 @@ class Model:
         return self.spec.vision is not None
 
     def new_state(self, capacity: int = 2048) -> State:
-        """An empty state for up to `capacity` tokens, all of its memory allocated now. Of 0: a fork, to be lent to."""
+        """An empty state for up to `capacity` tokens; it takes memory as it is filled. Of 0: a fork, to be lent to."""
         return State(self.spec, capacity)
 
     @overload
@@ -140,16 +145,18 @@ class Model:
         """An answer that goes on from `state` and its last logits, one run of the model a step.
 
         `said` are the tokens that it may quote, such as those the state has read: several of them are then read in one
-        run where they are guessed rightly. The text is the same, but for the last bits of floating point.
+        run where they are guessed rightly. The text is the same, but for the last bits of floating point. The state it
+        ends in (`Generation.state`) is then good until the next generation with `said`.
         """
-        drafting = None if said is None else Drafting(Lookup(said), self._beside)
+        drafting = None if said is None else Drafting(Lookup(said), self._other_than(state))
         stream = self.tokenizer.stream()
         return Generation(self._decoder, state, logits, sampling, stream, self.spec.eos_token_ids, drafting)
 
-    @cached_property
-    def _beside(self) -> State:
-        """For drafting; made when it is first used."""
-        return self.new_state(0)
+    def _other_than(self, state: State) -> State:
+        """A state to draft in."""
+        if self._beside is None or self._beside is state:
+            self._beside = self.new_state(0)
+        return self._beside
 
     def generate(
         self,

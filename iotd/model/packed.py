@@ -5,12 +5,14 @@ are file pages, which the kernel can drop and read again, and loading takes a qu
 the same, bit for bit.
 """
 
+import fcntl
 import hashlib
 import logging
 import os
 import platform
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -26,8 +28,10 @@ LEAST_NBYTES = 32 << 20
 """Of a graph's data: below, packing at each start costs nothing that anybody would notice."""
 KEPT = 4
 """Packed graphs, those used last: a decoder and a vision encoder each of two packages."""
-_GROWTH = 2
-"""The file holds the weights as they were, too."""
+SPACE = 3
+"""Times the graph's data that must be free: the packed file holds the weights as they were, too."""
+_LAYOUT = 1
+"""To be raised with whatever changes how graphs are optimised here."""
 _GRAPH = "graph.onnx"
 _DATA = "graph.data"
 _CPUINFO = Path("/proc/cpuinfo")
@@ -38,32 +42,61 @@ def open_packed(path: Path, threads: int, fingerprint: str) -> ort.InferenceSess
 
     fingerprint: of the package. Raises PackageError as `open_session` does.
     """
+    packed = pack(path, threads, fingerprint)
+    if packed is None:
+        return open_session(path, threads)
+    try:
+        return open_session(packed, threads)
+    except PackageError as error:
+        log.warning("packed weights are damaged and will be made again at the next start: %s", error)
+        shutil.rmtree(packed.parent, ignore_errors=True)
+        return open_session(path, threads)
+
+
+def pack(path: Path, threads: int, fingerprint: str) -> Path | None:
+    """Make the packed form of a graph, if it is not there.
+
+    Returns where it is; None where it is not worth it, or cannot be made, which is then logged.
+    """
     data = path.with_name(f"{path.name}.data")
     if not data.exists() or data.stat().st_size < LEAST_NBYTES:
-        return open_session(path, threads)
+        return None
     folder = cache_folder() / "packed" / _key(path.name, fingerprint)
     try:
         if not folder.exists():
-            _pack(path, folder, threads, data.stat().st_size)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(folder.parent):
+                _make(path, folder, threads, data.stat().st_size)
+    except (OSError, PackageError) as error:
+        log.warning("the weights stay unpacked, which takes twice the memory: %s", error)
+        return None
+    with suppress(OSError):  # a cache that can only be read serves as well
         os.utime(folder)
-    except OSError as error:
-        log.warning("the weights stay unpacked, which takes twice the memory: %s: %s", folder.parent, error.strerror)
-        return open_session(path, threads)
-    try:
-        return open_session(folder / _GRAPH, threads)
-    except PackageError as error:
-        log.warning("packed weights are damaged and will be made again at the next start: %s", error)
-        shutil.rmtree(folder, ignore_errors=True)
-        return open_session(path, threads)
+    return folder / _GRAPH
 
 
-def _pack(path: Path, folder: Path, threads: int, nbytes: int) -> None:
-    """Write the packed graph, all of it or nothing. Raises OSError."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder.parent).free < (_GROWTH + 1) * nbytes:
-        raise OSError(0, f"{(_GROWTH + 1) * nbytes / 1e6:.0f} MB must be free, once")
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """No other process packs meanwhile; what one has left half made is removed."""
+    with (place / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for unfinished in place.glob(".making-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        yield
+
+
+def _make(path: Path, folder: Path, threads: int, nbytes: int) -> None:
+    """Write the packed graph, all of it or nothing. Raises OSError or PackageError."""
+    if folder.exists():  # another process has made it while this one waited
+        return
+    place = folder.parent
+    kept = sorted((entry for entry in place.iterdir() if entry.is_dir()), key=lambda entry: entry.stat().st_mtime)
+    while kept and (len(kept) >= KEPT or shutil.disk_usage(place).free < SPACE * nbytes):
+        shutil.rmtree(kept.pop(0), ignore_errors=True)
+    if shutil.disk_usage(place).free < SPACE * nbytes:
+        raise OSError(f"{SPACE * nbytes / 1e6:.0f} MB must be free in {place}, once")
     log.info("packing the weights of %s for this machine, once", path.name)
-    making = Path(mkdtemp(prefix=".making-", dir=folder.parent))
+    making = Path(mkdtemp(prefix=".making-", dir=place))
     try:
         open_session(
             path,
@@ -76,19 +109,16 @@ def _pack(path: Path, folder: Path, threads: int, nbytes: int) -> None:
         )
         for written in (making / _DATA, making / _GRAPH, making):
             _sync(written)
-        with suppress(FileExistsError):  # another process has made it meanwhile
-            making.rename(folder)
-        _sync(folder.parent)
+        making.rename(folder)
+        _sync(place)
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    for old in sorted(folder.parent.iterdir(), key=lambda entry: entry.stat().st_mtime)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _key(name: str, fingerprint: str) -> str:
     """What the layout depends on: the weights, onnxruntime's version, and what the processor can do."""
     abilities = {line for line in _lines(_CPUINFO) if line.startswith(("flags", "Features", "CPU part", "model name"))}
-    parts = (name, fingerprint, ort.__version__, platform.machine(), *sorted(abilities))
+    parts = (f"{_LAYOUT} {name}", fingerprint, ort.__version__, platform.machine(), *sorted(abilities))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

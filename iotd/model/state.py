@@ -62,7 +62,7 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, all of them from the start; lent rows are the lender's."""
+        """Bytes reserved from the start, of which those count that were written; lent rows are the lender's."""
         return sum(tensor.nbytes for tensor in (*self._recurrent.values(), *self._own.tensors.values()))
 
     @property

@@ -106,7 +106,7 @@ class _Status(Collector):
         yield build
         yield GaugeMetricFamily("iotd_uptime_seconds", "Since the start.", value=status.uptime_s)
         yield GaugeMetricFamily("iotd_resident_memory_bytes", "Of the process.", value=status.resident_nbytes)
-        yield GaugeMetricFamily("iotd_state_bytes", "Of all model states.", value=engine.state_nbytes)
+        yield GaugeMetricFamily("iotd_state_bytes", "Reserved for all model states.", value=engine.state_nbytes)
         yield GaugeMetricFamily("iotd_context_tokens", "In the context now.", value=engine.context_tokens)
         for name, time_s in (("oldest", engine.oldest_event_s), ("newest", engine.newest_event_s)):
             if time_s:
@@ -158,7 +158,8 @@ def _frames(cameras: tuple[CameraStatus, ...], now_s: float) -> Iterator[Metric]
         arrived.add_metric((camera.camera,), camera.frames)
         dropped.add_metric((camera.camera, "newer_came"), camera.replaced)
         dropped.add_metric((camera.camera, "unfit"), camera.refused)
-        age.add_metric((camera.camera,), max(0.0, now_s - camera.newest_s))
+        if camera.newest_s:
+            age.add_metric((camera.camera,), max(0.0, now_s - camera.newest_s))
     yield from (arrived, dropped, age)
 
 

@@ -43,8 +43,8 @@ class LlamaServer:
 
     def speeds(self, ids: Sequence[int], n_predict: int) -> Speeds:
         """Of a prompt that is read anew, and of so many tokens after it."""
-        *_, last = self._complete(ids, n_predict, cache=False)
-        timings = last.get("timings", {})
+        events = [{}, *self._complete(ids, n_predict, cache=False)]
+        timings = events[-1].get("timings", {})
         try:
             return Speeds(float(timings["prompt_per_second"]), float(timings["predicted_per_second"]))
         except (KeyError, TypeError) as error:
@@ -60,11 +60,19 @@ class LlamaServer:
             "temperature": 0.0,
             "ignore_eos": True,
         }
-        request = Request(f"{self._url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
         try:
+            headers = {"Content-Type": "application/json"}
+            request = Request(f"{self._url}/completion", json.dumps(body).encode(), headers)
             with urlopen(request, timeout=TIMEOUT_S) as reply:
                 for line in reply:
                     if line.startswith(b"data: "):
-                        yield json.loads(line.removeprefix(b"data: "))
+                        yield _event(json.loads(line.removeprefix(b"data: ")))
         except (OSError, HTTPException, ValueError) as error:
             raise Unavailable(f"{self._url} does not answer as llama.cpp's server: {error}") from error
+
+
+def _event(data: Any) -> dict[str, Any]:
+    """Raises ValueError for what is no part of a completion."""
+    if not isinstance(data, dict) or "error" in data:
+        raise ValueError(f"it says {data}")
+    return data

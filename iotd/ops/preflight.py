@@ -86,13 +86,15 @@ def _model(config: Config, threads: int, open_model: Open) -> Iterator[Finding]:
 
 
 def _memory(config: Config, manifest: package.Manifest, weights: int) -> Finding:
-    """Two context states, one of the system prompt alone, and the fork of the ask that runs, which has no rows."""
+    """Two context states, one of the system prompt alone, and the fork of the ask that runs, which has no rows: two of
+    them where it guesses ahead."""
     reserve = config.ask.reserve_tokens
     most = positions(config.context.window, reserve)
-    capacities = (most, most, reserve, 0)
+    capacities = (most, most, reserve, *[0] * (2 if config.ask.drafting else 1))
     shapes = [shape for capacity in capacities for shape in manifest.spec.state_shapes(capacity).values()]
     states = 4 * sum(math.prod(shape) for shape in shapes)
-    text = f"four states of up to {most} positions take {_mb(states)}, with the weights {_mb(states + weights)}"
+    text = f"{len(capacities)} states of up to {most} positions take {_mb(states)}"
+    text += f", with the weights {_mb(states + weights)}"
     available = board.available_nbytes()
     if available is not None and states + weights + SPARE_NBYTES > available:
         return Finding("memory", False, f"{text}; only {_mb(available)} are free", "set a smaller context.window")

@@ -21,7 +21,7 @@ def lines(now: ServerStatus, before: ServerStatus | None, time_s: float) -> list
     """One moment. before: an earlier one, for the speeds. time_s: Unix time."""
     engine = now.engine
     temperature = "" if now.temperature_c is None else f" · {now.temperature_c:.0f} °C"
-    memory = f"{now.resident_nbytes / 1e6:.0f} MB resident, {engine.state_nbytes / 1e6:.0f} of it states"
+    memory = f"{now.resident_nbytes / 1e6:.0f} MB resident, {engine.state_nbytes / 1e6:.0f} MB reserved for states"
     return [
         f"iotd {now.version} · {engine.model or 'no model yet'} · {now.state.value} · up {_span(now.uptime_s)}",
         f"memory   {memory}{temperature}",
