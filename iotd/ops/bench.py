@@ -17,11 +17,15 @@ from iotd.model import Model, State
 from iotd.ops import board
 from iotd.ops.peers import LlamaServer, Speeds
 
-PREFILL_TOKENS = (32, 512)
-DECODE_STEPS = 64
-DECODE_CONTEXT = 512
-IMAGE_SIDE = 256
-CAPACITY = 2048
+PREFILL_TOKENS = (16, 32, 128, 512, 2048)
+DECODE_STEPS = 48
+DECODE_CONTEXTS = (32, 512, 2000)
+PEER_TOKENS = 512
+"""Read, and decoded after, where a peer does the same in turn."""
+IMAGE_SIDES = (160, 256, 384)
+MOST_DECODES = 20
+"""One after the other, each with its steps: more repeats begin the context anew."""
+CAPACITY = max(*PREFILL_TOKENS, *DECODE_CONTEXTS) + MOST_DECODES * DECODE_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,27 +61,26 @@ def run(package: Path, *, threads: int, repeat: int, peer: LlamaServer | None = 
     yield Figure("load", "s", loaded_s, loaded_s, loaded_s)
     for n_tokens in PREFILL_TOKENS:
         yield figure(f"prefill {n_tokens}", "tokens/s", [_prefill(model, state, n_tokens) for _ in range(repeat)])
-    decoded = [_decode(model, state) for _ in range(repeat)]
-    yield figure(f"decode at {DECODE_CONTEXT}", "tokens/s", decoded)
+    for context in DECODE_CONTEXTS:
+        yield figure(f"decode at {context}", "tokens/s", _decode(model, state, context, repeat))
     yield from _memory("text")
     if peer is not None:
         yield from _against(peer, model, state, repeat)
     if model.has_vision:
-        rgb = np.random.default_rng(0).integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), np.uint8)
-        model.encode_image(rgb)
-        encoded = [_seconds(lambda: model.encode_image(rgb)) for _ in range(repeat)]
-        yield figure(f"image {IMAGE_SIDE} × {IMAGE_SIDE}", "s", encoded)
+        for side in IMAGE_SIDES:
+            yield figure(f"image {side} × {side}", "s", _encode(model, side, repeat))
         yield from _memory("text and vision")
 
 
 def _against(peer: LlamaServer, model: Model, state: State, repeat: int) -> Iterator[Figure]:
     """Both read and decode the same tokens, one after the other; how many times faster the package is."""
-    ids = token_ids(model, DECODE_CONTEXT)
+    ids = token_ids(model, PEER_TOKENS)
     peer.speeds(ids.tolist(), DECODE_STEPS)
     ours: list[tuple[float, float]] = []
     theirs: list[Speeds] = []
     for _ in range(repeat):
-        ours.append((_prefill(model, state, len(ids)), _decode(model, state)))
+        (decoded,) = _decode(model, state, PEER_TOKENS, 1)
+        ours.append((_prefill(model, state, len(ids)), decoded))
         theirs.append(peer.speeds(ids.tolist(), DECODE_STEPS))
     for name, own, other in (
         (f"prefill {len(ids)}", [prefill for prefill, _ in ours], [speeds.prefill for speeds in theirs]),
@@ -94,16 +97,27 @@ def _prefill(model: Model, state: State, n_tokens: int) -> float:
     return n_tokens / _seconds(lambda: model.prefill(state, ids))
 
 
-def _decode(model: Model, state: State) -> float:
-    state.reset()
-    ids = token_ids(model, DECODE_CONTEXT)
-    model.prefill(state, ids)
+def _decode(model: Model, state: State, context: int, repeat: int) -> list[float]:
+    ids = token_ids(model, context).tolist()
+    steps = token_ids(model, DECODE_STEPS).tolist()
 
-    def steps() -> None:
-        for token in ids[:DECODE_STEPS].tolist():
+    def decode() -> None:
+        for token in steps:
             model.step(state, token)
 
-    return DECODE_STEPS / _seconds(steps)
+    found = []
+    for n in range(repeat):
+        if n % MOST_DECODES == 0:
+            state.reset()
+            model.prefill(state, ids, logits=False)
+        found.append(DECODE_STEPS / _seconds(decode))
+    return found
+
+
+def _encode(model: Model, side: int, repeat: int) -> list[float]:
+    rgb = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    model.encode_image(rgb)
+    return [_seconds(lambda: model.encode_image(rgb)) for _ in range(repeat)]
 
 
 def _memory(what: str) -> Iterator[Figure]:
