@@ -17,6 +17,7 @@ from iotd.engine.entry import Chunk, Part, Rows, Tokens, chunks, count_tokens
 from iotd.engine.feed import Floats, encode, feed
 from iotd.engine.ledger import Ledger
 from iotd.engine.lines import Lines
+from iotd.engine.sentences import Sentences
 from iotd.engine.sessions import Session, Sessions
 from iotd.errors import ContextOverflow, NotFound
 from iotd.events import FinishReason
@@ -24,6 +25,8 @@ from iotd.model import Model
 from iotd.model.generation import Generation
 from iotd.model.state import State
 
+SENTENCE_TOKENS = 24
+"""With less time left than these take, a sentence is told when it is whole."""
 MAX_EXACT = 16
 """Sensors whose exact figures stand before one question, at most."""
 
@@ -56,6 +59,7 @@ class Answer:
         self._call = call
         self._kit = kit
         self._generation: Generation | None = None
+        self._sentences = Sentences()
         self._step_s = 0.0
         self._session: Session | None = None
         self._units = self._work()
@@ -71,6 +75,7 @@ class Answer:
             reason = self._finished()
         if reason is not None and self._generation is not None:
             self._say(self._generation.flush())
+            self._call.speak(self._sentences.rest(cut_off=reason is FinishReason.BUDGET), self._kit.clock())
             self._name_session(reason)
         return reason
 
@@ -216,7 +221,10 @@ class Answer:
         self._call.meter.context_tokens = self._kit.fork.position
 
     def _say(self, piece: str) -> None:
-        self._call.speak(piece, self._kit.clock())
+        now_s, meter = self._kit.clock(), self._call.meter
+        step_s = meter.decode_s / max(1, meter.generation_tokens)
+        near_end = self._call.ask.deadline_s - now_s < SENTENCE_TOKENS * step_s
+        self._call.speak(self._sentences.push(piece, near_end=near_end), now_s)
 
     @contextmanager
     def _timed(self, name: Literal["image_s", "prefill_s", "decode_s"]) -> Iterator[None]:
