@@ -27,7 +27,7 @@ LENGTH = 1500
 NAMES = (
     *(f"{door} door" for door in DOORS),
     *(f"{room} motion" for room in HEATED_C),
-    *("warmest", "coldest"),
+    *(f"{best}{part}" for best in ("warmest", "coldest") for part in ("", " tens", " units", " tenths")),
     *KINDS,
     *(f"side of {kind}" for kind in KINDS),
     "how many",
@@ -139,7 +139,7 @@ def test_labels_say_what_is_so_and_nothing_of_what_is_unknown() -> None:
     told.values |= {
         "front door": "open",
         "back door": "closed",
-        "study temperature": "9 °C",
+        "study temperature": "23.4 °C",
         "attic temperature": "8 °C",
     }
     scene = drawn_scene(np.random.default_rng(3))
@@ -147,6 +147,8 @@ def test_labels_say_what_is_so_and_nothing_of_what_is_unknown() -> None:
     known = dict(zip(NAMES, labels(told), strict=True))
     assert (known["front door"], known["back door"], known["garage door"]) == (2, 1, 0)
     assert [*HEATED_C][known["warmest"]] == "study"
+    assert [known[f"warmest {part}"] for part in ("tens", "units", "tenths")] == [2, 3, 4]
+    assert [known[f"coldest {part}"] for part in ("tens", "units", "tenths")] == [0, 8, 0]
     assert [*HEATED_C][known["coldest"]] == "attic"
     assert known["how many"] == len(scene.things)
     things = {thing.kind: thing for thing in scene.things}

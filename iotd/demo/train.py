@@ -50,7 +50,8 @@ from iotd.demo.network import (
     shape,
     train_tokenizer,
 )
-from iotd.demo.probes import CHOICES
+from iotd.demo.probes import CHOICES, WORTH
+from iotd.demo.questions import SIDES, side_of
 from iotd.demo.scene import COLOURS, KINDS, Scene
 from iotd.engine.lines import reading_line
 
@@ -74,6 +75,8 @@ class Stage:
     """Share of rows that are pictures with all that is in them."""
     sighted: bool = True
     """The vision tower learns, too: half of the time is its, and it is soon good enough."""
+    rates: tuple[float, float] = (1.0, 1.0)
+    """Of the learning rates, at its beginning and, falling evenly, at its end."""
 
 
 _HARDER = (
@@ -83,6 +86,8 @@ _HARDER = (
     *(("camera colour", 3.5), ("camera where", 3.0)),
 )
 """More of what takes longer to learn."""
+_HARDEST = (*_HARDER, ("value", 5.0), ("warmest", 8.0), ("camera what", 4.0), ("camera where", 6.0))
+"""Still more of what is learnt last; of a kind that is named twice, the second weight holds."""
 STAGES = (
     Stage("vision", 750, 32, 0, Pace()),
     Stage("drill", 1500, 24, 128, Pace((1, 3), (1, 2), frames=0.0, mischief=0.0), drilled=0.5),
@@ -92,12 +97,13 @@ STAGES = (
     ),
     Stage("questions", 1750, 12, 256, Pace((1, 5), (4, 8), frames=0.2, kinds=_HARDER), 0.1, sighted=False),
     Stage("whole", 1750, 4, 768, Pace(frames=0.15, kinds=_HARDER), 0.5, sighted=False),
-    Stage("settle", 4800, 4, 768, Pace(frames=0.15, kinds=_HARDER), 0.7),
+    Stage("settle", 4800, 4, 768, Pace(frames=0.15, kinds=_HARDER), 0.7, rates=(1.0, 0.0)),
+    Stage("polish", 6500, 4, 768, Pace(frames=0.15, kinds=_HARDEST), 0.7, rates=(0.7, 0.0)),
 )
 CELLS_WORTH = 0.3
 """Of what the tower sees in a picture's parts, against 1 for a token of an answer."""
 PROBES_WORTH = 0.02
-"""Of all probes of a line, against 1 for a token of an answer."""
+"""Of one probe of a line, against 1 for a token of an answer."""
 PEAK_RATE = 2e-3
 MUON_RATE = 0.02
 WARM_UP_STEPS = 100
@@ -116,7 +122,7 @@ class Trainer:
         torch.manual_seed(SEED)
         self.network = Qwen3_5ForConditionalGeneration(shape())
         lengthen_memory(self.network)
-        self.cells = nn.Linear(HIDDEN, len(KINDS) + len(COLOURS) * len(KINDS))
+        self.cells = nn.Linear(HIDDEN, (1 + len(COLOURS) + len(SIDES)) * len(KINDS))
         self.probes = nn.Linear(HIDDEN, sum(CHOICES))
         self._matrices, self._others = _parameters(self.network)
         self._others += [*self.cells.parameters(), *self.probes.parameters()]
@@ -177,8 +183,8 @@ class Trainer:
 
     def _set_rate(self, stage: Stage, step: int) -> None:
         rate = min(1.0, (step + 1) / WARM_UP_STEPS)
-        if stage is self.stages[-1]:
-            rate *= 1 - step / stage.steps
+        begin, end = stage.rates
+        rate *= begin + (end - begin) * step / stage.steps
         for optimizer, peak in zip(self.optimizers, (MUON_RATE, PEAK_RATE), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate
@@ -220,8 +226,8 @@ class Trainer:
         truth = torch.from_numpy(np.stack([known for row in rows for _, known in row.lines]))
         probes = zip(self.probes(known).split(CHOICES, -1), truth.T, strict=True)
         losses, right = [], []
-        for logits, wanted in probes:
-            losses.append(F.cross_entropy(logits, wanted, reduction="sum"))
+        for (logits, wanted), worth in zip(probes, WORTH, strict=True):
+            losses.append(worth * F.cross_entropy(logits, wanted, reduction="sum"))
             right.append((logits.detach().argmax(-1) == wanted)[wanted >= 0])
         tally.score("probes", torch.cat(right).float().mean().item())
         return torch.stack(losses).sum() / len(at)
@@ -232,20 +238,24 @@ class Trainer:
         return self._cells_loss(found, scenes, tally)
 
     def _cells_loss(self, found: Tensor, scenes: list[Scene], tally: "_Tally") -> Tensor:
-        """What each merged token of the pictures, [n, D], holds: which kinds, and of which colour each."""
-        kinds, colours = self.cells(found).split([len(KINDS), len(KINDS) * len(COLOURS)], -1)
-        truth, paint = (torch.from_numpy(np.concatenate(part)) for part in zip(*map(_cells, scenes), strict=True))
+        """What each merged token of the pictures, [n, D], holds: which kinds, of which colour and on which side."""
+        split = [len(KINDS), len(KINDS) * len(COLOURS), len(KINDS) * len(SIDES)]
+        kinds, colours, sides = self.cells(found).split(split, -1)
+        cells = (torch.from_numpy(np.concatenate(part)) for part in zip(*map(_cells, scenes), strict=True))
+        truth, paint, place = cells
         sure = truth != 0.5
         loss = (F.binary_cross_entropy_with_logits(kinds, truth, reduction="none") * sure).sum() / sure.sum()
         there = truth == 1
-        named = colours.view(-1, len(KINDS), len(COLOURS))[there]
         if not there.any():
             return loss
         right = ((kinds > 0) == (truth > 0.5)) | ~sure
         tally.score("cells", right.all(-1).float().mean().item())
         tally.score("things", ((kinds > 0) & there).sum().item() / max(1, there.sum().item()))
-        tally.score("colours", (named.argmax(-1) == paint[there]).float().mean().item())
-        return loss + 0.3 * F.cross_entropy(named, paint[there])
+        for name, logits, wanted in (("colours", colours, paint), ("sides", sides, place)):
+            of_things = logits.unflatten(-1, (len(KINDS), -1))[there]
+            tally.score(name, (of_things.argmax(-1) == wanted[there]).float().mean().item())
+            loss = loss + 0.3 * F.cross_entropy(of_things, wanted[there])
+        return loss
 
     def _log(self, stage: Stage, step: int, figures: dict[str, float], step_s: float) -> None:
         record = {"stage": stage.name, "step": step, "step_s": round(step_s, 4), **figures}
@@ -295,11 +305,11 @@ def _parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
     return matrices, others
 
 
-def _cells(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """For each merged token and kind, [n, KINDS]: whether it is there (1, 0, or 0.5 at the rim), its colour."""
+def _cells(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each merged token and kind, [n, KINDS]: whether it is there (1, 0, 0.5 at the rim), its colour, its side."""
     edge = PATCH * MERGE
     covered = np.zeros((SIDE * SIDE, len(KINDS)), np.float32)
-    paint = np.zeros((SIDE * SIDE, len(KINDS)), np.int64)
+    paint, place = (np.zeros((SIDE * SIDE, len(KINDS)), np.int64) for _ in range(2))
     colours = [*COLOURS]
     for thing in scene.things:
         kind = KINDS.index(thing.kind)
@@ -313,7 +323,8 @@ def _cells(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
                 if part > 0:
                     covered[row * SIDE + column, kind] = 1.0 if part > 0.3 else 0.5
         paint[:, kind] = colours.index(thing.colour)
-    return covered, paint
+        place[:, kind] = SIDES.index(side_of(thing, scene))
+    return covered, paint, place
 
 
 def _batch(stage: Stage, step: int, writer: Writer) -> Any:
