@@ -36,7 +36,7 @@ from iotd.model.spec import ModelSpec
 from iotd.model.tokenizer import Tokenizer
 
 RECIPES = {
-    "int4": Recipe(name="int4", bits=4, vision_bits=8),
+    "int4": Recipe(name="int4", bits=4, vision_bits=8, block=128),
     "int8": Recipe(name="int8", bits=8, vision_bits=8),
     "fp32": Recipe(name="fp32", bits=32, vision_bits=32),
 }

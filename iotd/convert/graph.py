@@ -19,7 +19,7 @@ MS = "com.microsoft"
 OPSET = 21
 INLINE_NBYTES = 4096
 ALIGNMENT = 4096  # onnxruntime maps external data by pages
-SLICE_ELEMENTS = 1 << 24  # weights are rounded in slices of rows of about this size: 64 MB as float32
+SLICE_ELEMENTS = 1 << 22  # weights are rounded in slices of rows of about this size: 16 MB as float32
 DTYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.uint8): TensorProto.UINT8,
