@@ -178,7 +178,9 @@ class Answer:
         needed, available = count_tokens(parts), self._parent.available - 1
         if needed > available:
             raise ContextOverflow(needed, available)
-        return list(chunks(parts, lambda: kit.chunk_tokens))
+        # Even runs: a short one at the end would take as long as several tokens of a longer one.
+        n_runs = max(1, round(needed / kit.chunk_tokens))
+        return list(chunks(parts, lambda: -(-needed // n_runs)))
 
     def _said(self, prompt: list[Chunk]) -> Iterator[int]:
         """Tokens that the answer may quote; what a session has read long ago is not among them."""

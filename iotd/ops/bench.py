@@ -53,11 +53,13 @@ def run(package: Path, *, threads: int, repeat: int, peer: LlamaServer | None = 
     Raises PackageError where the package cannot be opened, Unavailable where the peer does not answer.
     """
     Model.open(package, threads=threads)  # the first start on a machine packs the weights
+    board.give_back_memory()
     began_s = time.perf_counter()
     model = Model.open(package, threads=threads)
     state = model.new_state(CAPACITY)
     model.prefill(state, [0])
     loaded_s = time.perf_counter() - began_s
+    board.give_back_memory()  # as the daemon does
     yield Figure("load", "s", loaded_s, loaded_s, loaded_s)
     for n_tokens in PREFILL_TOKENS:
         yield figure(f"prefill {n_tokens}", "tokens/s", [_prefill(model, state, n_tokens) for _ in range(repeat)])
