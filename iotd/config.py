@@ -138,7 +138,7 @@ class SnapshotConfig(_Section, frozen=True):
     path: str = "/var/lib/iotd/context.snapshot"
     """File the context is saved to, so that a restart is warm; empty saves nothing."""
     interval_s: Annotated[float, msgspec.Meta(ge=10, le=86_400)] = 900.0
-    """Saved at most so often while running, besides on a stop and on SIGUSR1: some 60 MB each time, and cards wear."""
+    """Saved at most so often while running, besides on a stop and on SIGUSR1: up to 95 MB each time, and cards wear."""
 
 
 class LogConfig(_Section, frozen=True):
