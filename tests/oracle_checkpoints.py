@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from iotd.convert.convert import RECIPES
 from iotd.convert.quantize import dequantize, quantize
 from iotd.convert.random import special_tokens
 from iotd.convert.tokenizer import byte_tokenizer_json
@@ -57,6 +58,8 @@ VISION: dict[str, Any] = {
     "num_position_embeddings": 36,
     "initializer_range": INITIALIZER_RANGE,
 }
+
+RECIPE = RECIPES["int4"]
 
 
 @dataclass(frozen=True)
@@ -179,4 +182,4 @@ def round_weights(network: Network) -> None:
         for name, parameter in network.named_parameters():
             kept = parameter.ndim != 2 or ".in_proj_a." in name or ".in_proj_b." in name or ".visual." in name
             if not kept:
-                parameter.copy_(torch.from_numpy(dequantize(quantize(parameter.numpy(), 4, 32))))
+                parameter.copy_(torch.from_numpy(dequantize(quantize(parameter.numpy(), RECIPE.bits, RECIPE.block))))
