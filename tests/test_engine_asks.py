@@ -1,6 +1,9 @@
 """Answering: forks, budgets on a manual clock, cancels, order, refusals, defects."""
 
+import gc
 import logging
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from engine_driver import SYSTEM, DrivenEngine, Sink, frame, image, reading
 from fake_model import CONTROLS, FakeModel
 
 from iotd.config import AskConfig
+from iotd.engine.answer import Answer
 from iotd.engine.context import SLACK_TOKENS
 from iotd.engine.worker import MOST_OWED_S, READING_SHARE, URGENT_S
 from iotd.errors import (
@@ -527,3 +531,26 @@ def test_a_new_queue_length_holds_for_the_asks_that_come_after() -> None:
     engine.ask()
     with pytest.raises(Overloaded):
         engine.ask()
+
+
+def test_an_answer_is_gone_when_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the garbage collector's help: with a large vocabulary each would keep a megabyte of logits."""
+    made: list[weakref.ref[Answer]] = []
+
+    class Watched(Answer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr("iotd.engine.worker.Answer", Watched)
+    engine = DrivenEngine()
+    gc.disable()
+    try:
+        engine.answer()
+        cut, ticket = engine.ask(max_tokens=100)
+        engine.turns_until(lambda: bool(cut.text))
+        ticket.cancel()
+        engine.settle()
+        assert [answer() for answer in made] == [None, None]
+    finally:
+        gc.enable()

@@ -3,7 +3,7 @@
 A unit is a fork, a chunk of prompt, an image encoded, or a step of decoding. Knows no queue and no thread.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -81,6 +81,8 @@ class Answer:
 
     def close(self, *, well: bool) -> None:
         """Once the call has ended: keep where the answer stands, if that was asked for and it ended well."""
+        # Its frame holds this answer and a row of logits: both would stay until the next full garbage collection.
+        self._units.close()
         name, generation, kit = self._call.session, self._generation, self._kit
         if not name or generation is None:
             return
@@ -115,7 +117,7 @@ class Answer:
     def _finished(self) -> FinishReason | None:
         return None if self._generation is None else self._generation.finish_reason
 
-    def _work(self) -> Iterator[None]:
+    def _work(self) -> Generator[None, None, None]:
         if self._call.ask.session is not None:
             self._session = self._kit.sessions.get(self._call.ask.session)
         prompt = self._prompt()
