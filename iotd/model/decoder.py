@@ -37,7 +37,7 @@ class Decoder:
         self._table = EmbeddingTable(folder, embedding, spec.vocab_size, spec.hidden_size)
         self._embeds = np.zeros((1, CHUNK, spec.hidden_size), np.float32)
         self._positions = np.zeros(3 * CHUNK, np.int64)
-        self._row = np.zeros(1, np.int64)
+        self._token = np.zeros(1, np.int64)
         self._rows = np.zeros(MOST_ROWS, np.int64)
         self._last = np.zeros(1, np.int32)
         self._total = np.zeros(1, np.int32)
@@ -54,10 +54,8 @@ class Decoder:
         self._check_room(state, len(ids))
         for start in range(0, len(ids), CHUNK):
             part = ids[start : start + CHUNK]
-            self._table.rows(part, self._embeds[0, : len(part)])
-            positions = np.broadcast_to(state.rope_position + np.arange(len(part)), (3, len(part)))
             last = start + CHUNK >= len(ids)
-            self._run(state, positions, int(logits and last))
+            self._run(state, self._embed(state, part), int(logits and last))
             state.rope_position += len(part)
         return self._logits[0, 0].copy() if logits else None
 
@@ -66,8 +64,8 @@ class Decoder:
         self._check_room(state, 1)
         if not 0 <= token_id < self.spec.vocab_size:
             raise InvalidInput(f"token id {token_id} is outside of the vocabulary of {self.spec.vocab_size}")
-        self._row[0] = token_id
-        self._table.rows(self._row, self._embeds[0, :1])
+        self._token[0] = token_id
+        self._table.rows(self._token, self._embeds[0, :1])
         self._run(state, np.full((3, 1), state.rope_position), 1)
         state.rope_position += 1
         logits: Floats = self._logits[0, 0]
@@ -85,8 +83,7 @@ class Decoder:
             raise InvalidInput(f"logits of {n_rows} of {len(ids)} tokens: at most {MOST_ROWS} are verified at once")
         if len(self._logits[0]) < MOST_ROWS:
             self._logits = np.zeros((1, MOST_ROWS, self.spec.vocab_size), np.float32)
-        self._table.rows(ids, self._embeds[0, : len(ids)])
-        positions = np.broadcast_to(state.rope_position + np.arange(len(ids)), (3, len(ids)))
+        positions = self._embed(state, ids)
         beside.work_beside(state)
         beside.position, beside.rope_position = state.position, state.rope_position + len(ids)
         self._run(beside, positions, n_rows, after=state)
@@ -108,6 +105,11 @@ class Decoder:
             self._run(state, base + positions[:, start : start + CHUNK], int(logits and last))
         state.rope_position = base + rope_span
         return self._logits[0, 0].copy() if logits else None
+
+    def _embed(self, state: State, ids: Ints) -> Ints:
+        """Write the tokens' embeddings into the input buffer. Returns their rotary positions, int64 [3, T]."""
+        self._table.rows(ids, self._embeds[0, : len(ids)])
+        return np.broadcast_to(state.rope_position + np.arange(len(ids)), (3, len(ids)))
 
     def end_profile(self) -> Path:
         """Of a session that was opened for it."""

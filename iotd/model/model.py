@@ -64,14 +64,13 @@ class Model:
         folder = Path(path)
         manifest = read_manifest(folder)
         verify(folder, manifest)
-        if pack and profile is None and manifest.spec.vision is not None:
+        if not pack or profile is not None:
+            open_plain = partial(open_session, threads=threads, profile=profile)
+            return cls(folder, manifest, open_plain, max_image_pixels)
+        if manifest.spec.vision is not None:
             # Now, and not when the first image comes: on a slow card it takes a while.
             pack_graph(folder / VISION, threads, manifest.fingerprint)
-        open_graph = (
-            partial(open_packed, threads=threads, fingerprint=manifest.fingerprint)
-            if pack and profile is None
-            else partial(open_session, threads=threads, profile=profile)
-        )
+        open_graph = partial(open_packed, threads=threads, fingerprint=manifest.fingerprint)
         return cls(folder, manifest, open_graph, max_image_pixels)
 
     @property

@@ -19,6 +19,7 @@ from tempfile import mkdtemp
 import onnxruntime as ort
 
 from iotd.errors import PackageError
+from iotd.files import lines, sync
 from iotd.model.package import cache_folder
 from iotd.model.session import open_session
 
@@ -108,31 +109,15 @@ def _make(path: Path, folder: Path, threads: int, nbytes: int) -> None:
             },
         )
         for written in (making / _DATA, making / _GRAPH, making):
-            _sync(written)
+            sync(written)
         making.rename(folder)
-        _sync(place)
+        sync(place)
     finally:
         shutil.rmtree(making, ignore_errors=True)
 
 
 def _key(name: str, fingerprint: str) -> str:
     """What the layout depends on: the weights, onnxruntime's version, and what the processor can do."""
-    abilities = {line for line in _lines(_CPUINFO) if line.startswith(("flags", "Features", "CPU part", "model name"))}
+    abilities = {line for line in lines(_CPUINFO) if line.startswith(("flags", "Features", "CPU part", "model name"))}
     parts = (f"{_LAYOUT} {name}", fingerprint, ort.__version__, platform.machine(), *sorted(abilities))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
-        return []
-
-
-def _sync(path: Path) -> None:
-    """Onto the disk, so that a power cut leaves no name without its content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -35,7 +35,7 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    for key, value in (entries or {}).items():
+    for key, value in entries.items():
         options.add_session_config_entry(key, value)
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -5,6 +5,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from iotd.files import lines
+
 PROC = Path("/proc")
 THERMAL = Path("/sys/class/thermal")
 
@@ -21,7 +23,7 @@ def anonymous_nbytes(pid: int | None = None) -> int:
 
 def available_nbytes() -> int | None:
     """Memory that new work can take without swapping."""
-    for line in _lines(PROC / "meminfo"):
+    for line in lines(PROC / "meminfo"):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
@@ -30,9 +32,9 @@ def available_nbytes() -> int | None:
 def temperature_c() -> float | None:
     """The processor's temperature, °C."""
     for zone in sorted(THERMAL.glob("thermal_zone*/temp")):
-        lines = _lines(zone)
-        if lines and lines[0].lstrip("-").isdigit():
-            return int(lines[0]) / 1000
+        found = lines(zone)
+        if found and found[0].lstrip("-").isdigit():
+            return int(found[0]) / 1000
     return None
 
 
@@ -48,14 +50,7 @@ def cores() -> int:
 
 
 def _status_field(name: str, pid: int | None) -> int:
-    for line in _lines(PROC / str(pid or "self") / "status"):
+    for line in lines(PROC / str(pid or "self") / "status"):
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
-        return []

@@ -18,6 +18,7 @@ import numpy as np
 
 from iotd.engine.snapshot import Header, Snapshot
 from iotd.errors import SnapshotError
+from iotd.files import sync
 
 _HEADER = "header"
 
@@ -51,7 +52,7 @@ def save(path: Path, snapshot: Snapshot) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def load(path: Path) -> Snapshot | None:
@@ -113,12 +114,3 @@ def _opened(path: Path) -> Iterator[Any]:
         raise
     except _DAMAGE as error:
         raise SnapshotError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename lasts once its folder is on disk."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
