@@ -40,6 +40,9 @@ class ModelConfig(_Section, frozen=True):
     """Folder of the model package that `iotd convert` wrote."""
     threads: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
     """Compute threads; 0 takes all cores but one, at least 1 and at most 4."""
+    head: Literal["exact", "two-stage"] = "exact"
+    """How the next word is found in the vocabulary: from the logits of all tokens, or of those alone that a coarse pass
+    finds likely. The latter reads a third less for each token, and falls back to all where it cannot be sure."""
     max_image_pixels: Annotated[int, msgspec.Meta(ge=1024)] = 65_536
     """Images are resized to this many at most before they are encoded; the 0.8B makes 64 tokens of 65,536."""
 

@@ -327,7 +327,13 @@ def test_large_matrices_are_read_in_slices(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Checkpoint, "read", measured)
     monkeypatch.setattr(graph, "SLICE_ELEMENTS", 1000)
     convert_checkpoint(checkpoint, tmp_path / "sliced", recipe=recipe)
-    assert contents(tmp_path / "whole") == contents(tmp_path / "sliced")
+    whole, sliced = (contents(tmp_path / name) for name in ("whole", "sliced"))
+    # The coarse head is made of a sample of slices.
+    assert {name for name in whole if whole[name] != sliced[name]} <= {
+        "coarse-head.onnx",
+        "coarse-head.onnx.data",
+        "manifest.json",
+    }
     for name in ("text.embed_tokens.weight", "head.weight", "text.layers.0.mlp.up_proj.weight"):
         assert max(sizes[name]) <= 1000 < sum(sizes[name])
 

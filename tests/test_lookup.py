@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from iotd.errors import ContextOverflow, InvalidInput
 from iotd.events import FinishReason, Sampling
 from iotd.model import Model, State
-from iotd.model.decoder import MOST_ROWS
 from iotd.model.generation import Generation
+from iotd.model.head import MOST_ROWS
 from iotd.model.lookup import LEAST, Lookup
 
 PROMPT = [7, 8, 9, 40, 41, 42, 43, 44, 45, 46, 47, 48, 7, 8, 9]

@@ -133,7 +133,7 @@ def test_another_format_is_refused_whatever_else_it_holds(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"\xff", b'{"format": "one"}', b'{"format": 1}', b'{"format": 1, "name": "\xff"}']
+    "content", [b"", b"{", b"[]", b"\xff", b'{"format": "one"}', b'{"format": 2}', b'{"format": 2, "name": "\xff"}']
 )
 def test_a_damaged_manifest_is_refused(folder: Path, content: bytes) -> None:
     (folder / "manifest.json").write_bytes(content)

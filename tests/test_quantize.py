@@ -16,7 +16,7 @@ from iotd.convert import quantize as quantization
 from iotd.convert.graph import GraphWriter
 from iotd.convert.quantize import SMALLEST_SCALE, Blocks, dequantize, quantize
 from iotd.convert.weights import Matrix
-from iotd.model.embedding import EmbeddingTable
+from iotd.model.table import RowTable
 
 Floats = NDArray[np.float32]
 ROUNDING = 2.0**-8
@@ -171,7 +171,7 @@ def test_onnxruntime_is_exact_on_activations_of_8_bits(graph: dict[str, Any]) ->
 
 
 def test_the_embedding_table_reads_what_the_codes_stand_for(graph: dict[str, Any]) -> None:
-    table = EmbeddingTable(graph["folder"], graph["entry"], 23, 75)
+    table = RowTable(graph["folder"], graph["entry"], 23, 75)
     ids = np.array([22, 0, 7, 7], np.int64)
     rows = np.zeros((4, 75), np.float32)
     table.rows(ids, rows)
@@ -187,7 +187,7 @@ def test_a_float_table_is_read_as_it_is(tmp_path: Path) -> None:
         entry = writer.table("table", Matrix.of(weight))
         writer.matmul(x, "table", 10, 9, out="y")
     rows = np.zeros((2, 10), np.float32)
-    EmbeddingTable(tmp_path, entry, 9, 10).rows(np.array([8, 1]), rows)
+    RowTable(tmp_path, entry, 9, 10).rows(np.array([8, 1]), rows)
     assert np.array_equal(rows, weight[[8, 1]])
     session = ort.InferenceSession(tmp_path / "one.onnx", providers=["CPUExecutionProvider"])
     np.testing.assert_allclose(session.run(["y"], {"x": rows})[0], rows @ weight.T, atol=1e-5)

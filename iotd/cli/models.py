@@ -1,8 +1,9 @@
 """From a checkpoint to a package: convert, pull."""
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 
@@ -10,11 +11,23 @@ from iotd.cli.options import JSON
 from iotd.cli.show import extra, progress
 
 if TYPE_CHECKING:
+    from iotd.convert.shortlist import Choice
     from iotd.model.package import Manifest
 
 
 RECIPE = click.option(
     "--recipe", type=click.Choice(["int4", "int8", "fp32"]), default="int4", show_default=True, help="Of the weights."
+)
+LANGUAGES = click.option(
+    "--languages",
+    metavar="CODES",
+    help="Answers are made of words of these languages alone, such as en,de: less memory, faster. All by default.",
+)
+TEXTS = click.option(
+    "--texts",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    multiple=True,
+    help="A text file: answers are made of the words in it alone, or else letter by letter. Repeatable.",
 )
 NO_VISION = click.option("--no-vision", is_flag=True, help="Leave out the vision tower: text only.")
 
@@ -27,8 +40,19 @@ NO_VISION = click.option("--no-vision", is_flag=True, help="Leave out the vision
     "--random", "size", metavar="SIZE", help="Random weights of this size (0.8b, tiny) in CHECKPOINT's place."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random weights.")
+@LANGUAGES
+@TEXTS
 @JSON
-def convert(paths: tuple[Path, ...], recipe: str, no_vision: bool, size: str | None, seed: int, as_json: bool) -> None:
+def convert(
+    paths: tuple[Path, ...],
+    recipe: str,
+    no_vision: bool,
+    size: str | None,
+    seed: int,
+    languages: str | None,
+    texts: tuple[Path, ...],
+    as_json: bool,
+) -> None:
     """Turn a checkpoint into a model package.
 
     CHECKPOINT is a folder as save_pretrained of transformers writes it; OUT the package's folder, for `model.path`.
@@ -42,11 +66,12 @@ def convert(paths: tuple[Path, ...], recipe: str, no_vision: bool, size: str | N
     if size and size not in N_PARAMETERS:
         raise click.BadParameter(f"{size!r} is none of {', '.join(N_PARAMETERS)}", param_hint="--random")
     total = N_PARAMETERS[size] if size else Checkpoint(paths[0]).n_elements
+    options: Options = {"recipe": recipe, "vision": not no_vision, "shortlist": _shortlist(languages, texts)}
     with progress("converting", total, as_json) as advance:
         if size:
-            made = convert_random(size, paths[0], recipe=recipe, vision=not no_vision, seed=seed, progress=advance)
+            made = convert_random(size, paths[0], **options, seed=seed, progress=advance)
         else:
-            made = convert_checkpoint(paths[0], paths[1], recipe=recipe, vision=not no_vision, progress=advance)
+            made = convert_checkpoint(paths[0], paths[1], **options, progress=advance)
     _tell_package(paths[-1], made, as_json)
 
 
@@ -56,8 +81,19 @@ def convert(paths: tuple[Path, ...], recipe: str, no_vision: bool, size: str | N
 @click.option("--revision", help="Branch, tag or commit; the newest otherwise.")
 @RECIPE
 @NO_VISION
+@LANGUAGES
+@TEXTS
 @JSON
-def pull(repo: str, out: Path, revision: str | None, recipe: str, no_vision: bool, as_json: bool) -> None:
+def pull(
+    repo: str,
+    out: Path,
+    revision: str | None,
+    recipe: str,
+    no_vision: bool,
+    languages: str | None,
+    texts: tuple[Path, ...],
+    as_json: bool,
+) -> None:
     """Fetch a checkpoint from the model hub and convert it.
 
     REPO is its name there, such as Qwen/Qwen3.5-0.8B; OUT the package's folder, for `model.path`.
@@ -66,10 +102,31 @@ def pull(repo: str, out: Path, revision: str | None, recipe: str, no_vision: boo
         from iotd.convert.checkpoint import Checkpoint
         from iotd.convert.convert import convert_checkpoint
         from iotd.convert.hub import fetch
+    options: Options = {"recipe": recipe, "vision": not no_vision, "shortlist": _shortlist(languages, texts)}
     folder, source = fetch(repo, revision)
     with progress("converting", Checkpoint(folder).n_elements, as_json) as advance:
-        made = convert_checkpoint(folder, out, recipe=recipe, vision=not no_vision, source=source, progress=advance)
+        made = convert_checkpoint(folder, out, **options, source=source, progress=advance)
     _tell_package(out, made, as_json)
+
+
+class Options(TypedDict):
+    """What `convert` and `pull` have in common."""
+
+    recipe: str
+    vision: bool
+    shortlist: "Choice | None"
+
+
+def _shortlist(languages: str | None, texts: tuple[Path, ...]) -> "Choice | None":
+    from iotd.convert import shortlist
+
+    if languages and texts:
+        raise click.UsageError("give --languages or --texts: each says which words are kept")
+    if languages:
+        return partial(shortlist.of_languages, languages=shortlist.checked(languages.split(",")))
+    if texts:
+        return partial(shortlist.of_texts, texts=[path.read_text(errors="replace") for path in texts])
+    return None
 
 
 def _tell_package(path: Path, made: "Manifest", as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """Conversion from a checkpoint to a model package: written beside its place, then renamed: none is half done."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from iotd.convert.chat import compile_chat
 from iotd.convert.checkpoint import Checkpoint
 from iotd.convert.decoder import DecoderWriter
 from iotd.convert.graph import GraphWriter
+from iotd.convert.head import write_head
+from iotd.convert.shortlist import Choice
 from iotd.convert.spec import spec_from_config
 from iotd.convert.tokenizer import compile_tokenizer
 from iotd.convert.vision import VisionWriter
@@ -25,6 +28,7 @@ from iotd.model.package import (
     FORMAT,
     TOKENIZER,
     VISION,
+    HeadEntry,
     Manifest,
     Recipe,
     Source,
@@ -62,10 +66,13 @@ def convert_checkpoint(
     *,
     recipe: str = "int4",
     vision: bool = True,
+    shortlist: Choice | None = None,
     source: Source | None = None,
     progress: Progress = lambda _: None,
 ) -> Manifest:
     """Convert the folder `checkpoint` into a new package at `out`. `progress` is told the elements read.
+
+    shortlist: chooses the tokens that answers are made of, such as `shortlist.of_languages`; all of them by default.
 
     Raises CheckpointError where the checkpoint cannot be converted, where `out` is something else than an older
     package, or where there is no space left.
@@ -81,7 +88,7 @@ def convert_checkpoint(
         tied=_shares_its_head(opened),
         vision=vision and bool(opened.config.get("vision_config")),
     )
-    return _convert(origin, out, RECIPES[recipe])
+    return _convert(origin, out, RECIPES[recipe], shortlist)
 
 
 def convert_random(
@@ -90,6 +97,7 @@ def convert_random(
     *,
     recipe: str = "int4",
     vision: bool = True,
+    shortlist: Choice | None = None,
     seed: int = 0,
     progress: Progress = lambda _: None,
 ) -> Manifest:
@@ -103,14 +111,15 @@ def convert_random(
         tied=True,
         vision=vision,
     )
-    return _convert(origin, out, RECIPES[recipe])
+    return _convert(origin, out, RECIPES[recipe], shortlist)
 
 
-def _convert(origin: Origin, out: Path, recipe: Recipe) -> Manifest:
+def _convert(origin: Origin, out: Path, recipe: Recipe, choose: Choice | None) -> Manifest:
     spec = spec_from_config(origin.config, origin.folder, tied=origin.tied, vision=origin.vision)
     with beside(out) as folder:
         spec = _write_text(folder, spec, origin)
-        embedding = _write_graphs(folder, spec, origin.weights, recipe)
+        shortlist = None if choose is None else _shortlist(choose, folder, spec)
+        embedding, head = _write_graphs(folder, spec, origin.weights, recipe, shortlist)
         manifest = Manifest(
             format=FORMAT,
             tool=f"iotd {__version__}",
@@ -119,19 +128,33 @@ def _convert(origin: Origin, out: Path, recipe: Recipe) -> Manifest:
             recipe=recipe,
             spec=spec,
             embedding=embedding,
+            head=head,
             files={path.name: hash_file(path) for path in sorted(folder.iterdir())},
         )
         write_manifest(folder, manifest)
     return manifest
 
 
-def _write_graphs(folder: Path, spec: ModelSpec, weights: Weights, recipe: Recipe) -> TableEntry:
+def _shortlist(choose: Choice, folder: Path, spec: ModelSpec) -> list[int]:
+    """With the tokens that end an answer, which a checkpoint's config may name and its tokenizer not know."""
+    return sorted({*choose(Tokenizer.open(folder / TOKENIZER)), *spec.eos_token_ids})
+
+
+def _write_graphs(
+    folder: Path, spec: ModelSpec, weights: Weights, recipe: Recipe, shortlist: Sequence[int] | None
+) -> tuple[TableEntry, HeadEntry]:
+    """Returns where the rows of embedding and head lie, which are the same where the head has a row for each token."""
+    head = write_head(folder, spec, weights, recipe, shortlist)
+    embedding = head.table
     with GraphWriter(folder / DECODER, bits=recipe.bits, block=recipe.block) as graph:
-        embedding = DecoderWriter(graph, spec, weights).write()
+        DecoderWriter(graph, spec, weights).write()
+        if not spec.tied or shortlist is not None:
+            table = weights.matrix("text.embed_tokens.weight", spec.vocab_size, spec.hidden_size)
+            embedding = graph.table("text.embed_tokens", table)
     if spec.vision is not None:
         with GraphWriter(folder / VISION, bits=recipe.vision_bits, block=recipe.block) as graph:
             VisionWriter(graph, spec.vision, spec.hidden_size, weights).write()
-    return embedding
+    return embedding, head
 
 
 def _shares_its_head(checkpoint: Checkpoint) -> bool:

@@ -1,8 +1,8 @@
-"""The text model as one graph of onnxruntime's fused operators.
+"""The text model up to its last norm as one graph of onnxruntime's fused operators; `convert.head` goes on from there.
 
 The layer's formulas are those of transformers' `models/qwen3_5/modeling_qwen3_5.py`; operator semantics are those of
 onnxruntime's contrib operator documentation. Past and present state are separate names here and the same memory at run
-time. Logits are computed only for the rows named in `logit_rows`, which may be none.
+time. Hidden states are given only for the rows named in `hidden_rows`, which may be none.
 """
 
 import numpy as np
@@ -10,7 +10,6 @@ from onnx import TensorProto
 
 from iotd.convert.graph import MS, GraphWriter
 from iotd.convert.weights import Matrix, Weights
-from iotd.model.package import TableEntry
 from iotd.model.spec import ModelSpec
 
 FLOAT = TensorProto.FLOAT
@@ -25,8 +24,8 @@ class DecoderWriter:
         self.spec = spec
         self.weights = weights
 
-    def write(self) -> TableEntry:
-        """Write the whole decoder and return where the embedding's rows lie."""
+    def write(self) -> None:
+        """Write the whole decoder."""
         graph, spec = self.graph, self.spec
         self._declare()
         residual = "inputs_embeds"
@@ -42,18 +41,18 @@ class DecoderWriter:
             mixed = self._mlp(i, normed)
             if i + 1 < len(spec.layers):
                 normed, residual = self._add_and_norm(mixed, residual, f"text.layers.{i + 1}.input_layernorm")
-        return self._head(mixed, residual)
+        self._last_norm(mixed, residual)
 
     def _declare(self) -> None:
         graph, spec = self.graph, self.spec
         graph.input("inputs_embeds", FLOAT, (1, "T", spec.hidden_size))
         graph.input("position_ids", TensorProto.INT64, (3, 1, "T"))
-        graph.input("logit_rows", TensorProto.INT64, ("R",))
+        graph.input("hidden_rows", TensorProto.INT64, ("R",))
         graph.input("last_position", TensorProto.INT32, (1,))
         graph.input("total_positions", TensorProto.INT32, (1,))
         graph.input("cos_table", FLOAT, ("P", spec.rotary_dim // 2))
         graph.input("sin_table", FLOAT, ("P", spec.rotary_dim // 2))
-        graph.output("logits", FLOAT, (1, "R", spec.vocab_size))
+        graph.output("hidden", FLOAT, (1, "R", spec.hidden_size))
         for name, shape in spec.state_shapes(0).items():
             dims = tuple(side or "C" for side in shape)
             graph.input(f"past.{name}", FLOAT, dims)
@@ -215,24 +214,21 @@ class DecoderWriter:
         )
         return normed, total
 
-    def _head(self, mixed: str, residual: str) -> TableEntry:
-        """Final norm and logits of the rows asked for; where tied, the embedding's table is the head's own."""
-        graph, spec = self.graph, self.spec
-        mixed, residual = (graph.op("Gather", x, "logit_rows", axis=1) for x in (mixed, residual))
+    def _last_norm(self, mixed: str, residual: str) -> None:
+        graph = self.graph
+        mixed, residual = (graph.op("Gather", x, "hidden_rows", axis=1) for x in (mixed, residual))
         total = graph.op("Add", mixed, residual)
-        rows = graph.op(
-            "SimplifiedLayerNormalization", total, self._norm("text.norm"), axis=-1, epsilon=self.spec.rms_eps
+        graph.op(
+            "SimplifiedLayerNormalization",
+            total,
+            self._norm("text.norm"),
+            out="hidden",
+            axis=-1,
+            epsilon=self.spec.rms_eps,
         )
-        embedding = self.weights.matrix("text.embed_tokens.weight", spec.vocab_size, spec.hidden_size)
-        entry = graph.table("text.embed_tokens", embedding)
-        if spec.tied:
-            graph.matmul(rows, "text.embed_tokens", embedding.columns, embedding.rows, out="logits")
-        else:
-            self._linear(rows, "head", spec.vocab_size, spec.hidden_size, out="logits")
-        return entry
 
-    def _linear(self, x: str, name: str, rows: int, columns: int, out: str = "") -> str:
-        return self.graph.linear(x, name, self.weights.matrix(f"{name}.weight", rows, columns), out=out)
+    def _linear(self, x: str, name: str, rows: int, columns: int) -> str:
+        return self.graph.linear(x, name, self.weights.matrix(f"{name}.weight", rows, columns))
 
     def _norm(self, name: str, size: int = 0) -> str:
         """The scale of a zero-centred RMS norm: one plus its weight."""

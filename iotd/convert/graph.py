@@ -96,16 +96,14 @@ class GraphWriter:
 
     def table(self, name: str, weight: Matrix) -> TableEntry:
         """Store a matrix in the writer's number of bits and say where it lies."""
-        rows = max(1, SLICE_ELEMENTS // weight.columns)
-        slices = [(start, min(start + rows, weight.rows)) for start in range(0, weight.rows, rows)]
         codes_offset = self._align()
         if self.bits == 32:
-            for start, stop in slices:
+            for start, stop in slices(weight):
                 self._data.write(weight.read(start, stop).tobytes())
             self._declare(name, np.dtype(np.float32), (weight.rows, weight.columns), codes_offset)
             return self._entry(codes_offset, 0)
         scales = []
-        for start, stop in slices:
+        for start, stop in slices(weight):
             blocks = quantize(weight.read(start, stop), self.bits, self.block)
             self._data.write(blocks.codes.tobytes())
             scales.append(blocks.scales)
@@ -157,3 +155,9 @@ class GraphWriter:
         for key, value in (("location", self.data_path.name), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
         self._initializers[name] = tensor
+
+
+def slices(weight: Matrix) -> list[tuple[int, int]]:
+    """First and last row, behind it, of each part in which a matrix is read."""
+    rows = max(1, SLICE_ELEMENTS // weight.columns)
+    return [(start, min(start + rows, weight.rows)) for start in range(0, weight.rows, rows)]

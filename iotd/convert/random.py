@@ -131,23 +131,30 @@ class RandomWeights:
 
     def tensor(self, name: str, *shape: int) -> Floats:
         """A whole tensor, float32 of that shape."""
-        return _scaled(name, self._draw(name, 0, int(np.prod(shape))).reshape(shape))
+        values = self._draw(name, 0, int(np.prod(shape)))
+        self._progress(values.size)
+        return _scaled(name, values.reshape(shape))
 
-    def matrix(self, name: str, rows: int, columns: int) -> Matrix:
-        """A matrix to be read in slices of rows."""
+    def matrix(self, name: str, rows: int, columns: int, *, again: bool = False) -> Matrix:
+        """A matrix to be read in slices of rows. again: it has been read before, and makes no progress."""
 
         def read(start: int, stop: int) -> Floats:
-            values = self._draw(name, start, (stop - start) * columns)
+            values = self._draw(name, start * columns, stop * columns)
+            if not again:
+                self._progress(values.size)
             return _scaled(name, values.reshape(stop - start, columns))
 
         return Matrix(rows, columns, read)
 
-    def _draw(self, name: str, start: int, count: int) -> Floats:
-        """Standard normal values: one drawn tile, repeated, since a gigabyte of fresh ones would take minutes."""
-        self._progress(count)
-        random = np.random.default_rng([self._seed, zlib.crc32(name.encode()), start])
-        tile: Floats = random.standard_normal(min(count, TILE), np.float32)
-        return np.resize(tile, count)
+    def _draw(self, name: str, start: int, stop: int) -> Floats:
+        """Standard normal values: of a tensor as a row of numbers those from `start` to `stop`, drawn in tiles."""
+        tiles = range(start // TILE, -(-stop // TILE))
+        drawn = []
+        for tile in tiles:
+            random = np.random.default_rng([self._seed, zlib.crc32(name.encode()), tile])
+            drawn.append(random.standard_normal(min(TILE, stop - tile * TILE), np.float32))
+        found: Floats = np.concatenate(drawn)[start - tiles.start * TILE :]
+        return found
 
 
 def _scaled(name: str, values: Floats) -> Floats:

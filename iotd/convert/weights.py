@@ -36,8 +36,8 @@ class Weights(Protocol):
         """The whole tensor."""
         ...
 
-    def matrix(self, name: str, rows: int, columns: int) -> Matrix:
-        """A matrix to be read in slices of rows."""
+    def matrix(self, name: str, rows: int, columns: int, *, again: bool = False) -> Matrix:
+        """A matrix to be read in slices of rows. again: it has been read before, and makes no progress."""
         ...
 
 
@@ -52,9 +52,9 @@ class CheckpointWeights:
         self._check(name, shape)
         return self._read(name, 0, None)
 
-    def matrix(self, name: str, rows: int, columns: int) -> Matrix:
+    def matrix(self, name: str, rows: int, columns: int, *, again: bool = False) -> Matrix:
         self._check(name, (rows, columns))
-        return Matrix(rows, columns, lambda start, stop: self._read(name, start, stop))
+        return Matrix(rows, columns, lambda start, stop: self._read(name, start, stop, again))
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         if not self._checkpoint.has(name):
@@ -68,7 +68,7 @@ class CheckpointWeights:
                 "they are not of one checkpoint"
             )
 
-    def _read(self, name: str, start: int, stop: int | None) -> Floats:
+    def _read(self, name: str, start: int, stop: int | None, again: bool = False) -> Floats:
         try:
             values = self._checkpoint.read(name, start, stop)
         except (OSError, SafetensorError) as error:
@@ -79,5 +79,6 @@ class CheckpointWeights:
         if not np.isfinite(values).all():
             stored = self._checkpoint.stored_name(name)
             raise CheckpointError(f"tensor {stored} holds values that are not finite: the checkpoint is damaged")
-        self._progress(values.size)
+        if not again:
+            self._progress(values.size)
         return values

@@ -238,8 +238,10 @@ class Context:
     def _commit(self, job: _Job) -> None:
         if job.target is self._spare:
             self.live, self._spare = self._spare, self.live
-        if job.rebuilds and job.oldest_s:
-            self._counters.add("context_swaps")
+        if job.rebuilds:
+            self._spare.reset()  # it takes no memory until it is written again
+            if job.oldest_s:
+                self._counters.add("context_swaps")
         self._job = None
         self._day = job.day
         self._remember(job.new)

@@ -13,16 +13,15 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from iotd.errors import ContextOverflow, InvalidInput, PackageError, StateMismatch
-from iotd.model.embedding import EmbeddingTable
+from iotd.model.head import MOST_ROWS, Head
 from iotd.model.package import DECODER, TableEntry
 from iotd.model.session import OpenGraph
 from iotd.model.spec import ModelSpec
 from iotd.model.state import Cache, State
+from iotd.model.table import RowTable
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-MOST_ROWS = 8
-"""Tokens after which logits are given in one run, at most."""
 CHUNK = 128
 """Most tokens in one run: the graph's activations grow with it, its speed hardly does beyond this."""
 
@@ -30,18 +29,19 @@ CHUNK = 128
 class Decoder:
     """One opened decoder graph. Not thread-safe: one thread owns it."""
 
-    def __init__(self, folder: Path, spec: ModelSpec, embedding: TableEntry, open_graph: OpenGraph) -> None:
+    def __init__(self, folder: Path, spec: ModelSpec, embedding: TableEntry, head: Head, open_graph: OpenGraph) -> None:
         self.spec = spec
+        self._head = head
         self._session = open_graph(folder / DECODER)
         self._check_graph(folder / DECODER)
-        self._table = EmbeddingTable(folder, embedding, spec.vocab_size, spec.hidden_size)
+        self._table = RowTable(folder, embedding, spec.vocab_size, spec.hidden_size)
         self._embeds = np.zeros((1, CHUNK, spec.hidden_size), np.float32)
         self._positions = np.zeros(3 * CHUNK, np.int64)
         self._token = np.zeros(1, np.int64)
         self._rows = np.zeros(MOST_ROWS, np.int64)
         self._last = np.zeros(1, np.int32)
         self._total = np.zeros(1, np.int32)
-        self._logits = np.zeros((1, 1, spec.vocab_size), np.float32)
+        self._hidden = np.zeros((1, MOST_ROWS, spec.hidden_size), np.float32)
         self._bindings: WeakKeyDictionary[State, WeakKeyDictionary[Cache, ort.IOBinding]] = WeakKeyDictionary()
         self._cos, self._sin = rotary_tables(spec, 0)
 
@@ -57,7 +57,7 @@ class Decoder:
             last = start + CHUNK >= len(ids)
             self._run(state, self._embed(state, part), int(logits and last))
             state.rope_position += len(part)
-        return self._logits[0, 0].copy() if logits else None
+        return self._logits()[0].copy() if logits else None
 
     def step(self, state: State, token_id: int) -> Floats:
         """Read one token. Returns float32 [V], a view that the next call overwrites."""
@@ -68,7 +68,7 @@ class Decoder:
         self._table.rows(self._token, self._embeds[0, :1])
         self._run(state, np.full((3, 1), state.rope_position), 1)
         state.rope_position += 1
-        logits: Floats = self._logits[0, 0]
+        logits: Floats = self._logits()[0]
         return logits
 
     def verify(self, state: State, beside: State, token_ids: Sequence[int], n_rows: int) -> Floats:
@@ -81,13 +81,11 @@ class Decoder:
         self._check_room(state, len(ids))
         if not 1 <= n_rows <= len(ids) <= MOST_ROWS:
             raise InvalidInput(f"logits of {n_rows} of {len(ids)} tokens: at most {MOST_ROWS} are verified at once")
-        if len(self._logits[0]) < MOST_ROWS:
-            self._logits = np.zeros((1, MOST_ROWS, self.spec.vocab_size), np.float32)
         positions = self._embed(state, ids)
         beside.work_beside(state)
         beside.position, beside.rope_position = state.position, state.rope_position + len(ids)
         self._run(beside, positions, n_rows, after=state)
-        return self._logits[0, :n_rows]
+        return self._logits(n_rows)
 
     def prefill_embeddings(
         self, state: State, embeddings: Floats, positions: Ints, rope_span: int, *, logits: bool = False
@@ -104,7 +102,11 @@ class Decoder:
             last = start + CHUNK >= len(embeddings)
             self._run(state, base + positions[:, start : start + CHUNK], int(logits and last))
         state.rope_position = base + rope_span
-        return self._logits[0, 0].copy() if logits else None
+        return self._logits()[0].copy() if logits else None
+
+    def _logits(self, n_rows: int = 1) -> Floats:
+        """Of the hidden states that the last run gave."""
+        return self._head.logits(self._hidden[0, :n_rows])
 
     def _embed(self, state: State, ids: Ints) -> Ints:
         """Write the tokens' embeddings into the input buffer. Returns their rotary positions, int64 [3, T]."""
@@ -118,7 +120,8 @@ class Decoder:
     def _run(self, state: State, positions: Ints, n_rows: int, after: State | None = None) -> None:
         """Advance the state over the embeddings in the input buffer, float32 [1, T, D], at rotary positions [3, T].
 
-        n_rows: how many of the last tokens have logits. after: go on from that state instead, which stays as it is.
+        n_rows: of how many of the last tokens hidden states are given. after: go on from that state instead, which
+        stays as it is.
         """
         length = positions.shape[1]
         self._positions[: 3 * length] = positions.reshape(-1)
@@ -135,8 +138,10 @@ class Decoder:
             "inputs_embeds", "cpu", 0, np.float32, (1, length, self.spec.hidden_size), self._embeds.ctypes.data
         )
         binding.bind_input("position_ids", "cpu", 0, np.int64, (3, 1, length), self._positions.ctypes.data)
-        binding.bind_input("logit_rows", "cpu", 0, np.int64, (n_rows,), self._rows.ctypes.data)
-        binding.bind_output("logits", "cpu", 0, np.float32, (1, n_rows, self.spec.vocab_size), self._logits.ctypes.data)
+        binding.bind_input("hidden_rows", "cpu", 0, np.int64, (n_rows,), self._rows.ctypes.data)
+        binding.bind_output(
+            "hidden", "cpu", 0, np.float32, (1, n_rows, self.spec.hidden_size), self._hidden.ctypes.data
+        )
         self._session.run_with_iobinding(binding)
 
     def _binding(self, state: State) -> ort.IOBinding:
@@ -167,7 +172,7 @@ class Decoder:
     def _check_graph(self, path: Path) -> None:
         """What is bound by its address must have the shape that the graph takes it for."""
         expected = {f"past.{name}": shape for name, shape in self.spec.state_shapes(0).items()}
-        expected |= {"inputs_embeds": (1, 0, self.spec.hidden_size), "logits": (1, 0, self.spec.vocab_size)}
+        expected |= {"inputs_embeds": (1, 0, self.spec.hidden_size), "hidden": (1, 0, self.spec.hidden_size)}
         expected |= {"cos_table": (0, self.spec.rotary_dim // 2), "sin_table": (0, self.spec.rotary_dim // 2)}
         nodes = [*self._session.get_inputs(), *self._session.get_outputs()]
         found = {node.name: [side if isinstance(side, int) else 0 for side in node.shape] for node in nodes}

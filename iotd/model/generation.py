@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iotd.events import FinishReason, Sampling
-from iotd.model.decoder import MOST_ROWS, Decoder
+from iotd.model.decoder import Decoder
+from iotd.model.head import MOST_ROWS
 from iotd.model.lookup import Lookup
 from iotd.model.sampling import Sampler
 from iotd.model.state import State

@@ -13,6 +13,7 @@ from iotd.events import RGB, Sampling
 from iotd.model.chat import ChatTemplate, Message
 from iotd.model.decoder import Decoder
 from iotd.model.generation import Drafting, Generation
+from iotd.model.head import Head, HeadKind
 from iotd.model.lookup import Lookup
 from iotd.model.package import CHAT, TOKENIZER, VISION, Manifest, read_manifest, verify
 from iotd.model.packed import open_packed
@@ -32,11 +33,19 @@ ALL = slice(None)
 class Model:
     """A package opened for inference on the CPU. Not thread-safe: one thread owns it."""
 
-    def __init__(self, folder: Path, manifest: Manifest, open_graph: OpenGraph, max_image_pixels: int | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        open_graph: OpenGraph,
+        max_image_pixels: int | None = None,
+        head: HeadKind = "exact",
+    ) -> None:
         self.manifest = manifest
         self.tokenizer = Tokenizer.open(folder / TOKENIZER)
         self.chat = ChatTemplate.from_json((folder / CHAT).read_bytes())
-        self._decoder = Decoder(folder, manifest.spec, manifest.embedding, open_graph)
+        self._head = Head(folder, manifest.head, manifest.spec, open_graph, head)
+        self._decoder = Decoder(folder, manifest.spec, manifest.embedding, self._head, open_graph)
         self._folder = folder
         self._open_graph = open_graph
         self._max_image_pixels = max_image_pixels
@@ -50,13 +59,16 @@ class Model:
         *,
         threads: int = 2,
         max_image_pixels: int | None = None,
+        head: HeadKind = "exact",
         pack: bool = True,
         profile: Path | None = None,
     ) -> "Model":
         """Open the package in the folder `path`, checking its files against its manifest.
 
-        `max_image_pixels` bounds the size images are resized to, below the package's own bound. `pack` keeps the
-        weights of a large package in the cache as this machine's kernels want them: half the memory, a faster start.
+        `max_image_pixels` bounds the size images are resized to, below the package's own bound. `head` says how logits
+        are made: all of them, or with "two-stage" those that may be the largest, as far as a coarse head can tell.
+        `pack` keeps the weights of a large package in the cache as this machine's kernels want them: half the memory, a
+        faster start.
         `profile` measures the decoder's operators up to `end_profile`, with a file's name to begin with; nothing is
         packed then.
         Raises PackageError for what is no package, damaged, or of another format.
@@ -66,12 +78,12 @@ class Model:
         verify(folder, manifest)
         if not pack or profile is not None:
             open_plain = partial(open_session, threads=threads, profile=profile)
-            return cls(folder, manifest, open_plain, max_image_pixels)
+            return cls(folder, manifest, open_plain, max_image_pixels, head)
         if manifest.spec.vision is not None:
             # Now, and not when the first image comes: on a slow card it takes a while.
             pack_graph(folder / VISION, threads, manifest.fingerprint)
         open_graph = partial(open_packed, threads=threads, fingerprint=manifest.fingerprint)
-        return cls(folder, manifest, open_graph, max_image_pixels)
+        return cls(folder, manifest, open_graph, max_image_pixels, head)
 
     @property
     def name(self) -> str:

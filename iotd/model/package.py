@@ -14,9 +14,12 @@ import msgspec
 from iotd.errors import PackageError
 from iotd.model.spec import ModelSpec
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 DECODER = "decoder.onnx"
+HEAD = "head.onnx"
+COARSE_HEAD = "coarse-head.onnx"
+HEAD_IDS = "head.ids"
 VISION = "vision.onnx"
 TOKENIZER = "tokenizer.bin"
 CHAT = "chat.json"
@@ -42,13 +45,21 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the embedding's rows lie: `bits`-wide codes (or float32) and, for codes, one float32 scale per block."""
+    """Where the rows of a matrix lie: `bits`-wide codes (or float32) and, for codes, one float32 scale per block."""
 
     file: str
     bits: Bits
     block: Block
     codes_offset: Offset
     scales_offset: Offset
+
+
+class HeadEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The matrix that makes logits of hidden states."""
+
+    rows: Annotated[int, msgspec.Meta(ge=1)]
+    """One for each token that has a logit: all of them, or those that HEAD_IDS lists."""
+    table: TableEntry
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,12 +75,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     recipe: Recipe
     spec: ModelSpec
     embedding: TableEntry
+    head: HeadEntry
     files: dict[str, FileEntry]
 
     @property
     def fingerprint(self) -> str:
         """SHA-256, hexadecimal: the same for packages that compute the same, whatever they are called."""
-        return hashlib.sha256(msgspec.json.encode((self.format, self.spec, self.embedding, self.files))).hexdigest()
+        computes = (self.format, self.spec, self.embedding, self.head, self.files)
+        return hashlib.sha256(msgspec.json.encode(computes)).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -158,7 +171,10 @@ def _check_hash(path: Path, entry: FileEntry) -> None:
 
 def _needed(manifest: Manifest) -> set[str]:
     """Files that no package of this kind is without."""
-    return {DECODER, TOKENIZER, CHAT, manifest.embedding.file} | ({VISION} if manifest.spec.vision else set())
+    needed = {DECODER, HEAD, COARSE_HEAD, TOKENIZER, CHAT, manifest.embedding.file, manifest.head.table.file}
+    if manifest.head.rows != manifest.spec.vocab_size:
+        needed.add(HEAD_IDS)
+    return needed | ({VISION} if manifest.spec.vision else set())
 
 
 def _stamp(folder: Path, manifest: Manifest) -> str:

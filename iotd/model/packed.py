@@ -25,10 +25,10 @@ from iotd.model.session import open_session
 
 log = logging.getLogger(__name__)
 
-LEAST_NBYTES = 32 << 20
+LEAST_NBYTES = 8 << 20
 """Of a graph's data: below, packing at each start costs nothing that anybody would notice."""
-KEPT = 4
-"""Packed graphs, those used last: a decoder and a vision encoder each of two packages."""
+KEPT = 8
+"""Packed graphs, those used last: a decoder, two heads and a vision encoder each of two packages."""
 SPACE = 3
 """Times the graph's data that must be free: the packed file holds the weights as they were, too."""
 _LAYOUT = 1

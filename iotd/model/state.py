@@ -21,7 +21,9 @@ class Cache:
 
     def __init__(self, spec: ModelSpec, capacity: int) -> None:
         self.capacity = capacity
-        self.tensors = {name: _zeros(shape) for name, shape in spec.state_shapes(capacity).items() if _is_cache(name)}
+        shapes = {name: shape for name, shape in spec.state_shapes(capacity).items() if _is_cache(name)}
+        self.pages = _Pages(shapes)
+        self.tensors = self.pages.tensors
         self.borrower: State | None = None
         """Who may write past the owner's position, until the owner itself reads on."""
 
@@ -43,7 +45,8 @@ class State:
         self.spec = spec
         self.position = 0
         self.rope_position = 0
-        self._recurrent = {name: _zeros(shape) for name, shape in spec.state_shapes(0).items() if not _is_cache(name)}
+        self._pages = _Pages({name: shape for name, shape in spec.state_shapes(0).items() if not _is_cache(name)})
+        self._recurrent = self._pages.tensors
         self._own = self._cache = Cache(spec, capacity)
 
     @property
@@ -71,9 +74,9 @@ class State:
         return self.capacity - self.position
 
     def reset(self) -> None:
-        """Forget everything. Rows of the key/value cache past `position` are never read, so they need no clearing."""
-        for tensor in self._recurrent.values():
-            tensor.fill(0)
+        """Forget everything, and give the memory back until it is written again."""
+        self._pages.clear()
+        self._own.pages.clear()
         self._cache = self._own
         self.position = 0
         self.rope_position = 0
@@ -168,13 +171,22 @@ class State:
             raise StateMismatch("the two states belong to different models")
 
 
-def _zeros(shape: tuple[int, ...]) -> Floats:
-    """Pages of their own, which take memory once they are written: rows kept in reserve cost nothing until then."""
-    nbytes = 4 * math.prod(shape)
-    if not nbytes:
-        return np.zeros(shape, np.float32)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(pages, np.float32).reshape(shape)
+class _Pages:
+    """Float32 tensors in pages of their own, which take memory once they are written: until then they are zeros."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.tensors: dict[str, Floats] = {}
+        self._maps: list[mmap.mmap] = []
+        for name, shape in shapes.items():
+            size = math.prod(shape)
+            pages = mmap.mmap(-1, max(4 * size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.tensors[name] = np.ndarray(shape, np.float32, pages)
+            self._maps.append(pages)
+
+    def clear(self) -> None:
+        """Zeros again, which take no memory."""
+        for pages in self._maps:
+            pages.madvise(mmap.MADV_DONTNEED)
 
 
 def _is_cache(name: str) -> bool:

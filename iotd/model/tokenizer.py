@@ -5,7 +5,7 @@ Equal to the `tokenizers` library on every text, at a hundredth of its memory. K
 
 import codecs
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class Tokenizer:
     def __init__(self, file: TokenizerFile) -> None:
         tables = file.tables
         self._bytes, self._offsets = tables["token_bytes"], tables["token_offsets"]
-        self._byte_ids = tables["byte_ids"].tolist()
+        self._byte_ids: list[int] = tables["byte_ids"].tolist()
         self._merges = Merges(*(tables[f"merge_{part}"] for part in ("starts", "rights", "ranks", "products")))
         self._normalizer = Normalizer(tables["nfc_starts"], tables["nfc_ends"])
         self._pretokenizer = Pretokenizer(file.header["pattern"], tables["class_starts"], tables["class_kinds"])
@@ -49,6 +49,16 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the highest token id. The model's own table may have more rows, and ids may have gaps."""
         return len(self._offsets) - 1
+
+    @property
+    def byte_ids(self) -> Sequence[int]:
+        """The tokens of the 256 bytes, of which every text can be made."""
+        return self._byte_ids
+
+    @property
+    def added_ids(self) -> Sequence[int]:
+        """Control tokens."""
+        return list(self._added.values())
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text. Control tokens in it are plain characters, unless `special` says they are meant."""

@@ -1,4 +1,4 @@
-"""Rows of the embedding table, read from the package file when they are needed; it is never in memory as floats."""
+"""Rows of a package's tables, read from its files when they are needed; no table is ever in memory as floats."""
 
 import math
 import os
@@ -15,8 +15,8 @@ from iotd.model.package import TableEntry
 Floats = NDArray[np.float32]
 
 
-class EmbeddingTable:
-    """Looks up embeddings by token id."""
+class RowTable:
+    """Looks up the rows of one matrix."""
 
     def __init__(self, folder: Path, entry: TableEntry, rows: int, columns: int) -> None:
         """Raises PackageError where the file does not hold that table."""
@@ -32,11 +32,11 @@ class EmbeddingTable:
                 self._scales = _Rows(file, entry.scales_offset, rows, (blocks,), np.float32)
         except (OSError, ValueError) as error:
             raise PackageError(
-                f"{path} does not hold the embeddings its manifest describes ({error}): convert it again"
+                f"{path} does not hold the rows its manifest describes ({error}): convert it again"
             ) from error
 
     def rows(self, token_ids: NDArray[np.int64], out: Floats) -> None:
-        """Write the embeddings of int64 [T] into float32 [T, D]. Ids must be within the vocabulary.
+        """Write the rows int64 [T] into float32 [T, D]. They must be within the table.
 
         Raises PackageError where the file has become shorter since it was opened.
         """
