@@ -80,7 +80,14 @@ def open_engine(config: Config, on_answer: Callable[[Answered], None] | None = N
     Raises PackageError, or ConfigError naming the key.
     """
     settings = config.model
-    model = Model.open(settings.path, threads=threads(config), max_image_pixels=settings.max_image_pixels, pack=pack)
+    model = Model.open(
+        settings.path,
+        threads=threads(config),
+        spinning=settings.spinning,
+        affinity=settings.affinity,
+        max_image_pixels=settings.max_image_pixels,
+        pack=pack,
+    )
     preflight.check_positions(config, model.spec)
     return Engine(model, config.context, config.ask, on_answer=on_answer)
 

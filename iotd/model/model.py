@@ -18,7 +18,7 @@ from iotd.model.package import CHAT, TOKENIZER, VISION, Manifest, read_manifest,
 from iotd.model.packed import open_packed
 from iotd.model.packed import pack as pack_graph
 from iotd.model.sampling import check_sampling
-from iotd.model.session import OpenGraph, open_session
+from iotd.model.session import OpenGraph, Threads, open_session
 from iotd.model.spec import ModelSpec
 from iotd.model.state import State
 from iotd.model.tokenizer import Tokenizer
@@ -49,12 +49,15 @@ class Model:
         path: Path | str,
         *,
         threads: int = 2,
+        spinning: bool = True,
+        affinity: bool = False,
         max_image_pixels: int | None = None,
         pack: bool = True,
         profile: Path | None = None,
     ) -> "Model":
         """Open the package in the folder `path`, checking its files against its manifest.
 
+        `threads` compute, and `spinning` and `affinity` are as `iotd.model.session.Threads` has them.
         `max_image_pixels` bounds the size images are resized to, below the package's own bound. `pack` keeps the
         weights of a large package in the cache as this machine's kernels want them: half the memory, a faster start.
         `profile` measures the decoder's operators up to `end_profile`, with a file's name to begin with; nothing is
@@ -64,13 +67,14 @@ class Model:
         folder = Path(path)
         manifest = read_manifest(folder)
         verify(folder, manifest)
+        compute = Threads(threads, spinning, affinity)
         if not pack or profile is not None:
-            open_plain = partial(open_session, threads=threads, profile=profile)
+            open_plain = partial(open_session, threads=compute, profile=profile)
             return cls(folder, manifest, open_plain, max_image_pixels)
         if manifest.spec.vision is not None:
             # Now, and not when the first image comes: on a slow card it takes a while.
-            pack_graph(folder / VISION, threads, manifest.fingerprint)
-        open_graph = partial(open_packed, threads=threads, fingerprint=manifest.fingerprint)
+            pack_graph(folder / VISION, compute, manifest.fingerprint)
+        open_graph = partial(open_packed, threads=compute, fingerprint=manifest.fingerprint)
         return cls(folder, manifest, open_graph, max_image_pixels)
 
     @property
