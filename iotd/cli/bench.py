@@ -12,7 +12,6 @@ from iotd.cli.show import plain
 
 if TYPE_CHECKING:
     from iotd.ops.bench import Figure
-    from iotd.ops.peers import LlamaServer
 
 
 class DefaultGroup(click.Group):
@@ -33,7 +32,6 @@ class DefaultGroup(click.Group):
         return super().parse_args(ctx, args)
 
 
-VS = click.option("--vs", metavar="URL", help="A llama.cpp server on a model of the same shape: measured in turn.")
 REPEAT = click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs of each figure.")
 
 
@@ -46,14 +44,27 @@ def bench() -> None:
 @click.argument("package", type=click.Path(path_type=Path))
 @THREADS
 @REPEAT
-@VS
+@click.option(
+    "--vs",
+    "peers",
+    metavar="[NAME=]PEER",
+    multiple=True,
+    help="Another engine on a model of the same shape, measured in turn: the URL of a server of llama.cpp or its kin, "
+    "a .gguf file (needs llama-cpp-python), or a folder of onnxruntime-genai (needs that). Repeatable.",
+)
 @JSON
-def speed(package: Path, threads: int, repeat: int, vs: str | None, as_json: bool) -> None:
-    """Load, prefill, decode, image encoding, memory."""
-    from iotd.ops import bench as measure
+def speed(package: Path, threads: int, repeat: int, peers: tuple[str, ...], as_json: bool) -> None:
+    """Load, prefill, decode, image encoding, memory; energy, where the machine measures it.
 
-    figures = measure.run(package, threads=threads, repeat=repeat, peer=_peer(vs))
-    _tell_figures(figures, threads, repeat, as_json)
+    Peers read and write as many tokens, in turn. Files and folders are opened in a process each, with as many threads;
+    a server has its own.
+    """
+    from iotd.ops import bench as measure
+    from iotd.ops.peers import opened
+
+    with opened(peers, threads=threads, capacity=measure.PEER_CAPACITY) as others:
+        figures = measure.run(package, threads=threads, repeat=repeat, peers=others)
+        _tell_figures(figures, threads, repeat, as_json)
 
 
 @bench.command()
@@ -69,13 +80,27 @@ def speed(package: Path, threads: int, repeat: int, vs: str | None, as_json: boo
 )
 @THREADS
 @REPEAT
-@VS
+@click.option(
+    "--vs",
+    "peers",
+    metavar="[NAME=]URL",
+    multiple=True,
+    help="A server of llama.cpp or its kin on a model of the same shape, asked in turn. Repeatable.",
+)
 @JSON
-def context(package: Path, lengths: tuple[int, ...], threads: int, repeat: int, vs: str | None, as_json: bool) -> None:
+def context(
+    package: Path,
+    lengths: tuple[int, ...],
+    threads: int,
+    repeat: int,
+    peers: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """How soon an answer to a new question of 20 tokens begins over the warm context, and what a fork costs."""
     from iotd.ops import bench_context
+    from iotd.ops.peers import servers
 
-    figures = bench_context.run(package, threads=threads, repeat=repeat, lengths=lengths, peer=_peer(vs))
+    figures = bench_context.run(package, threads=threads, repeat=repeat, lengths=lengths, peers=servers(peers))
     _tell_figures(figures, threads, repeat, as_json)
 
 
@@ -100,20 +125,15 @@ def profile(package: Path, threads: int, least: float, as_json: bool) -> None:
             click.echo(f"{share.what:<14}{share.operator:<34}{share.nodes:>6}{share.mean_ms:>10.2f}{share.part:>8.1%}")
 
 
-def _peer(url: str | None) -> "LlamaServer | None":
-    from iotd.ops.peers import LlamaServer
-
-    return LlamaServer(url) if url else None
-
-
 def _tell_figures(figures: "Iterable[Figure]", threads: int, repeat: int, as_json: bool) -> None:
     from iotd.ops.bench import machine
 
+    head = f"{machine()}; {threads} threads; medians of {repeat} (lowest to highest)"
     if not as_json:
-        click.echo(f"{machine()}; {threads} threads; medians of {repeat} (lowest to highest)")
+        click.echo(head)
     for figure in figures:
         if as_json:
             click.echo(json.dumps({**plain(figure), "threads": threads, "repeat": repeat}))
         else:
             spread = f"  ({figure.lowest:,.2f} to {figure.highest:,.2f})" if figure.lowest < figure.highest else ""
-            click.echo(f"{figure.name:<28}{figure.median:>10,.2f} {figure.unit}{spread}")
+            click.echo(f"{figure.name:<40}{figure.median:>10,.2f} {figure.unit}{spread}")
