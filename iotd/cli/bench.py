@@ -1,9 +1,11 @@
 """What a package costs on this machine."""
 
 import json
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import click
 
@@ -33,6 +35,12 @@ class DefaultGroup(click.Group):
 
 
 REPEAT = click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs of each figure.")
+PLOT = click.option(
+    "--plot",
+    type=click.File("w", encoding="utf-8", lazy=False),
+    metavar="FILE.svg",
+    help="Draw the figures, too.",
+)
 
 
 @click.group(cls=DefaultGroup)
@@ -52,8 +60,11 @@ def bench() -> None:
     help="Another engine on a model of the same shape, measured in turn: the URL of a server of llama.cpp or its kin, "
     "a .gguf file (needs llama-cpp-python), or a folder of onnxruntime-genai (needs that). Repeatable.",
 )
+@PLOT
 @JSON
-def speed(package: Path, threads: int, repeat: int, peers: tuple[str, ...], as_json: bool) -> None:
+def speed(
+    package: Path, threads: int, repeat: int, peers: tuple[str, ...], plot: IO[str] | None, as_json: bool
+) -> None:
     """Load, prefill, decode, image encoding, memory; energy, where the machine measures it.
 
     Peers read and write as many tokens, in turn. Files and folders are opened in a process each, with as many threads;
@@ -64,7 +75,7 @@ def speed(package: Path, threads: int, repeat: int, peers: tuple[str, ...], as_j
 
     with opened(peers, threads=threads, capacity=measure.PEER_CAPACITY) as others:
         figures = measure.run(package, threads=threads, repeat=repeat, peers=others)
-        _tell_figures(figures, threads, repeat, as_json)
+        _tell_figures(figures, threads, repeat, plot, as_json)
 
 
 @bench.command()
@@ -87,6 +98,7 @@ def speed(package: Path, threads: int, repeat: int, peers: tuple[str, ...], as_j
     multiple=True,
     help="A server of llama.cpp or its kin on a model of the same shape, asked in turn. Repeatable.",
 )
+@PLOT
 @JSON
 def context(
     package: Path,
@@ -94,6 +106,7 @@ def context(
     threads: int,
     repeat: int,
     peers: tuple[str, ...],
+    plot: IO[str] | None,
     as_json: bool,
 ) -> None:
     """How soon an answer to a new question of 20 tokens begins over the warm context, and what a fork costs."""
@@ -101,7 +114,7 @@ def context(
     from iotd.ops.peers import servers
 
     figures = bench_context.run(package, threads=threads, repeat=repeat, lengths=lengths, peers=servers(peers))
-    _tell_figures(figures, threads, repeat, as_json)
+    _tell_figures(figures, threads, repeat, plot, as_json)
 
 
 @bench.command()
@@ -125,15 +138,21 @@ def profile(package: Path, threads: int, least: float, as_json: bool) -> None:
             click.echo(f"{share.what:<14}{share.operator:<34}{share.nodes:>6}{share.mean_ms:>10.2f}{share.part:>8.1%}")
 
 
-def _tell_figures(figures: "Iterable[Figure]", threads: int, repeat: int, as_json: bool) -> None:
+def _tell_figures(figures: "Iterable[Figure]", threads: int, repeat: int, plot: IO[str] | None, as_json: bool) -> None:
     from iotd.ops.bench import machine
 
     head = f"{machine()}; {threads} threads; medians of {repeat} (lowest to highest)"
     if not as_json:
         click.echo(head)
+    told = []
     for figure in figures:
+        told.append(figure)
         if as_json:
             click.echo(json.dumps({**plain(figure), "threads": threads, "repeat": repeat}))
         else:
             spread = f"  ({figure.lowest:,.2f} to {figure.highest:,.2f})" if figure.lowest < figure.highest else ""
             click.echo(f"{figure.name:<40}{figure.median:>10,.2f} {figure.unit}{spread}")
+    if plot:
+        from iotd.ops.plot import svg
+
+        plot.write(svg(told, f"{head}\niotd {shlex.join(sys.argv[1:])}"))
