@@ -9,15 +9,15 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from iotd.cli.options import JSON, THREADS
-from iotd.cli.show import plain
+from iotd.cli.options import FILE, JSON, THREADS
+from iotd.cli.show import plain, progress
 
 if TYPE_CHECKING:
     from iotd.ops.bench import Figure
 
 
 class DefaultGroup(click.Group):
-    """Commands of which one may be left out: what is none of their names is its first argument."""
+    """Commands of which one may be left out: what is none of their names is its first argument. --NAME is NAME, too."""
 
     default = "speed"
 
@@ -29,6 +29,8 @@ class DefaultGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if flags := [arg for arg in args if arg.startswith("--") and arg[2:] in self.commands]:
+            args = [flags[0][2:], *(arg for arg in args if arg not in flags)]
         if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
             args = [self.default, *args]
         return super().parse_args(ctx, args)
@@ -119,6 +121,46 @@ def context(
 
 @bench.command()
 @click.argument("package", type=click.Path(path_type=Path))
+@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Turns of each setting.")
+@click.option("--write", type=FILE, metavar="CONFIG", help="Put the choice into this YAML file; all else in it stays.")
+@JSON
+def tune(package: Path, repeat: int, write: Path | None, as_json: bool) -> None:
+    """Choose model.threads, model.spinning and model.affinity for this machine; `iotd bench --tune` is the same.
+
+    Of the settings that decode within 5 % of the fastest it takes one that leaves a core free, that does not spin, that
+    keeps no thread to a core: in this order, each where there is one. Among what is left the fastest prefill decides.
+    """
+    from dataclasses import asdict
+
+    from iotd import config, config_file
+    from iotd.ops import board
+    from iotd.ops.bench import machine
+    from iotd.ops.bench_tune import choose, run, settings
+
+    if write:
+        config.load(write, {})  # an error in it is told now and not after minutes
+    cores = board.cores()
+    with progress("trying", repeat * len(settings(cores)), as_json) as advance:
+        tried = run(package, repeat=repeat, advance=advance)
+    chosen = choose(tried, cores)
+    if write:
+        config_file.write(write, "model", asdict(chosen))
+    if not as_json:
+        click.echo(f"{machine()}; medians of {repeat}, tokens/s")
+        click.echo(f"{'threads':>7}{'spinning':>10}{'affinity':>10}{'decode':>9}{'prefill':>9}")
+    for setting, speeds in ((one.setting, one.speeds) for one in tried):
+        if as_json:
+            click.echo(json.dumps(plain(setting) | plain(speeds) | {"chosen": setting == chosen}))
+        else:
+            keys = f"{setting.threads:>7}{_yes(setting.spinning):>10}{_yes(setting.affinity):>10}"
+            mark = "  chosen" if setting == chosen else ""
+            click.echo(f"{keys}{speeds.decode:>9.2f}{speeds.prefill:>9.2f}{mark}")
+    if write and not as_json:
+        click.echo(f"{write}: written")
+
+
+@bench.command()
+@click.argument("package", type=click.Path(path_type=Path))
 @THREADS
 @click.option("--least", type=click.FloatRange(0, 100), default=1.0, show_default=True, help="Percent worth a line.")
 @JSON
@@ -136,6 +178,10 @@ def profile(package: Path, threads: int, least: float, as_json: bool) -> None:
             click.echo(json.dumps(plain(share)))
         else:
             click.echo(f"{share.what:<14}{share.operator:<34}{share.nodes:>6}{share.mean_ms:>10.2f}{share.part:>8.1%}")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _tell_figures(figures: "Iterable[Figure]", threads: int, repeat: int, plot: IO[str] | None, as_json: bool) -> None:
