@@ -83,6 +83,8 @@ def open_engine(config: Config, on_answer: Callable[[Answered], None] | None = N
     model = Model.open(
         settings.path,
         threads=threads(config),
+        spinning=settings.spinning,
+        affinity=settings.affinity,
         max_image_pixels=settings.max_image_pixels,
         head=settings.head,
         pack=pack,

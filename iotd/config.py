@@ -39,7 +39,12 @@ class ModelConfig(_Section, frozen=True):
     path: str = "/var/lib/iotd/model"
     """Folder of the model package that `iotd convert` wrote."""
     threads: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
-    """Compute threads; 0 takes all cores but one, at least 1 and at most 4."""
+    """Compute threads; 0 takes all cores but one, at least 1 and at most 4. `iotd bench tune` measures which are best,
+    with the two below."""
+    spinning: bool = True
+    """They wait for work in a loop while the model runs: faster, unless something else needs their cores meanwhile."""
+    affinity: bool = False
+    """All but one of them keep to a core each, the last ones."""
     head: Literal["exact", "two-stage"] = "exact"
     """How the next word is found in the vocabulary: from the logits of all tokens, or of those alone that a coarse pass
     finds likely. The latter reads a third less for each token, and falls back to all where it cannot be sure."""

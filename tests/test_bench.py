@@ -1,8 +1,10 @@
 """The benchmarks measure what they say, on a tiny model, and speak to llama.cpp's server as it expects."""
 
 import json
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,11 @@ from typing import Any
 import pytest
 
 from iotd.errors import Unavailable
-from iotd.ops import bench, bench_context, bench_profile
+from iotd.ops import bench, bench_context, bench_profile, energy
 from iotd.ops.peers import LlamaServer, Speeds
+
+TIMINGS = {"prompt_n": 512, "prompt_ms": 5120.0, "predicted_n": 49, "predicted_ms": 1600.0}
+"""100 tokens a second read, and 30 written after the first."""
 
 
 class Peer(ThreadingHTTPServer):
@@ -19,7 +24,7 @@ class Peer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.timings: dict[str, float] | None = {"prompt_per_second": 90.0, "predicted_per_second": 30.0}
+        self.timings: dict[str, float] | None = TIMINGS
         self.asked: list[dict[str, Any]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -55,23 +60,62 @@ def peer() -> Iterator[Peer]:
 
 
 def test_speeds_are_measured_in_turn_with_a_peer(tiny_package: Path, peer: Peer) -> None:
-    found = {f.name: f for f in bench.run(tiny_package, threads=1, repeat=2, peer=LlamaServer(peer.url))}
-    assert found["decode at 512, llama.cpp"].median == 30
-    ours, ratio = found["prefill 512, in turn"], found["prefill 512, ratio"]
-    assert ratio.lowest == pytest.approx(ours.lowest / 90)
-    assert ratio.highest == pytest.approx(ours.highest / 90)
+    found = {f.name: f for f in bench.run(tiny_package, threads=1, repeat=2, peers=[LlamaServer(peer.url)])}
+    assert found["decode at 512, llama.cpp"].median == pytest.approx(30)
+    ours, ratio = found["prefill 512, iotd"], found["prefill 512, ratio to llama.cpp"]
+    assert ratio.lowest == pytest.approx(ours.lowest / 100)
+    assert ratio.highest == pytest.approx(ours.highest / 100)
     assert all(asked["cache_prompt"] is False and len(asked["prompt"]) == 512 for asked in peer.asked)
+    assert [asked["n_predict"] for asked in peer.asked] == [bench.DECODE_STEPS + 1] * 3
     assert found["resident, text"].median > found["anonymous, text"].median > 0
     assert found["image 256 × 256"].median > 0
+    assert not [f for f in found.values() if f.unit == "J/token"]
+
+
+def test_several_peers_take_turns_with_the_package(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = []
+
+    @dataclass
+    class Other:
+        name: str
+        pid: int | None = None
+
+        def speeds(self, ids: Sequence[int], n_predict: int) -> Speeds:
+            turns.append(self.name)
+            return Speeds(10.0, 5.0)
+
+    package_speeds = bench.Ours.speeds
+    monkeypatch.setattr(bench.Ours, "speeds", lambda *args: (turns.append("iotd"), package_speeds(*args))[1])
+    others = [Other("a", os.getpid()), Other("b")]
+    found = {f.name: f for f in bench.run(tiny_package, threads=1, repeat=2, peers=others)}
+    assert turns == ["iotd", "a", "b"] * 3
+    assert found["decode at 512, ratio to b"].median == pytest.approx(found["decode at 512, iotd"].median / 5)
+    assert "resident, a" in found
+    assert "resident, b" not in found
+
+
+def test_energy_is_told_where_it_is_measured(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Meter:
+        name = "processor"
+
+        def joules(self, work: Callable[[], object]) -> float:
+            work()
+            return 96.0
+
+    monkeypatch.setattr(energy, "meter", Meter)
+    found = {f.name: f.median for f in bench.run(tiny_package, threads=1, repeat=1) if f.unit == "J/token"}
+    assert found == {"prefill 512, processor": 96 / 512, "decode at 512, processor": 96 / bench.DECODE_STEPS}
 
 
 def test_a_peer_is_asked_new_questions_over_the_same_context(tiny_package: Path, peer: Peer) -> None:
     llama = LlamaServer(peer.url)
-    found = [*bench_context.run(tiny_package, threads=1, repeat=2, lengths=(200, 300), peer=llama)]
+    found = [*bench_context.run(tiny_package, threads=1, repeat=2, lengths=(200, 300), peers=[llama])]
     names = [figure.name for figure in found]
     assert [name for name in names if "llama.cpp" in name] == [
         "the same, llama.cpp over 200",
+        "so many times sooner than llama.cpp",
         "the same, llama.cpp over 300",
+        "so many times sooner than llama.cpp",
     ]
     asked = [request["prompt"] for request in peer.asked[:3]]
     assert all(prompt[:200] == asked[0][:200] and len(prompt) == 220 for prompt in asked)
@@ -94,8 +138,8 @@ def test_what_is_no_llama_server_is_said_so(peer: Peer) -> None:
     peer.timings = None
     with pytest.raises(Unavailable, match="tells no timings"):
         LlamaServer(peer.url).speeds([1, 2], 3)
-    peer.timings = {"prompt_per_second": 1.0, "predicted_per_second": 2.0}
-    assert LlamaServer(f"{peer.url}/").speeds([1, 2], 3) == Speeds(1.0, 2.0)
+    peer.timings = {"prompt_n": 2, "prompt_ms": 2000.0, "predicted_n": 5, "predicted_ms": 2000.0}
+    assert LlamaServer(f"{peer.url}/").speeds([1, 2], 4) == Speeds(1.0, 2.0)
     with pytest.raises(Unavailable, match="404"):
         LlamaServer(f"{peer.url}/elsewhere").first_token_s([1])
 

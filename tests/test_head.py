@@ -19,7 +19,7 @@ from iotd.model import Model
 from iotd.model import head as heads
 from iotd.model.head import Head, HeadKind
 from iotd.model.package import HEAD_IDS, TOKENIZER, HeadEntry
-from iotd.model.session import open_session
+from iotd.model.session import Threads, open_session
 from iotd.model.spec import ModelSpec
 from iotd.model.tokenizer import Tokenizer
 
@@ -51,7 +51,7 @@ class OneMatrix:
 
 
 def open_head(folder: Path, entry: HeadEntry, kind: HeadKind = "exact") -> Head:
-    return Head(folder, entry, SPEC, lambda path: open_session(path, 1), kind)
+    return Head(folder, entry, SPEC, lambda path: open_session(path, Threads(1)), kind)
 
 
 @pytest.fixture(params=["fp32", "int4"])

@@ -15,7 +15,7 @@ from iotd.errors import InvalidInput
 from iotd.model import Model
 from iotd.model.package import read_manifest
 from iotd.model.resize import MAX_ASPECT, resize, target_size
-from iotd.model.session import open_session
+from iotd.model.session import Threads, open_session
 from iotd.model.spec import VisionSpec
 from iotd.model.vision import VisionEncoder, bilinear_corners, patch_coordinates, patches
 
@@ -243,7 +243,7 @@ def test_a_bound_on_pixels_is_kept(tiny_package: Path) -> None:
 
 
 def test_a_bound_above_the_package_changes_nothing(tiny_package: Path, spec: VisionSpec) -> None:
-    encoder = VisionEncoder(tiny_package, spec, partial(open_session, threads=1), 1 << 40)
+    encoder = VisionEncoder(tiny_package, spec, partial(open_session, threads=Threads(1)), 1 << 40)
     assert (encoder.min_pixels, encoder.max_pixels) == (spec.min_pixels, spec.max_pixels)
 
 

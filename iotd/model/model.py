@@ -19,7 +19,7 @@ from iotd.model.package import CHAT, TOKENIZER, VISION, Manifest, read_manifest,
 from iotd.model.packed import open_packed
 from iotd.model.packed import pack as pack_graph
 from iotd.model.sampling import check_sampling
-from iotd.model.session import OpenGraph, open_session
+from iotd.model.session import OpenGraph, Threads, open_session
 from iotd.model.spec import ModelSpec
 from iotd.model.state import State
 from iotd.model.tokenizer import Tokenizer
@@ -58,6 +58,8 @@ class Model:
         path: Path | str,
         *,
         threads: int = 2,
+        spinning: bool = True,
+        affinity: bool = False,
         max_image_pixels: int | None = None,
         head: HeadKind = "exact",
         pack: bool = True,
@@ -65,6 +67,7 @@ class Model:
     ) -> "Model":
         """Open the package in the folder `path`, checking its files against its manifest.
 
+        `threads` compute, and `spinning` and `affinity` are as `iotd.model.session.Threads` has them.
         `max_image_pixels` bounds the size images are resized to, below the package's own bound. `head` says how logits
         are made: all of them, or with "two-stage" those that may be the largest, as far as a coarse head can tell.
         `pack` keeps the weights of a large package in the cache as this machine's kernels want them: half the memory, a
@@ -76,13 +79,14 @@ class Model:
         folder = Path(path)
         manifest = read_manifest(folder)
         verify(folder, manifest)
+        compute = Threads(threads, spinning, affinity)
         if not pack or profile is not None:
-            open_plain = partial(open_session, threads=threads, profile=profile)
+            open_plain = partial(open_session, threads=compute, profile=profile)
             return cls(folder, manifest, open_plain, max_image_pixels, head)
         if manifest.spec.vision is not None:
             # Now, and not when the first image comes: on a slow card it takes a while.
-            pack_graph(folder / VISION, threads, manifest.fingerprint)
-        open_graph = partial(open_packed, threads=threads, fingerprint=manifest.fingerprint)
+            pack_graph(folder / VISION, compute, manifest.fingerprint)
+        open_graph = partial(open_packed, threads=compute, fingerprint=manifest.fingerprint)
         return cls(folder, manifest, open_graph, max_image_pixels, head)
 
     @property

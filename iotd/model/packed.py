@@ -21,7 +21,7 @@ import onnxruntime as ort
 from iotd.errors import PackageError
 from iotd.files import lines, sync
 from iotd.model.package import cache_folder
-from iotd.model.session import open_session
+from iotd.model.session import Threads, open_session
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _DATA = "graph.data"
 _CPUINFO = Path("/proc/cpuinfo")
 
 
-def open_packed(path: Path, threads: int, fingerprint: str) -> ort.InferenceSession:
+def open_packed(path: Path, threads: Threads, fingerprint: str) -> ort.InferenceSession:
     """Open a package's graph in its packed form, which is made if it is not there; as it is where that cannot be.
 
     fingerprint: of the package. Raises PackageError as `open_session` does.
@@ -54,7 +54,7 @@ def open_packed(path: Path, threads: int, fingerprint: str) -> ort.InferenceSess
         return open_session(path, threads)
 
 
-def pack(path: Path, threads: int, fingerprint: str) -> Path | None:
+def pack(path: Path, threads: Threads, fingerprint: str) -> Path | None:
     """Make the packed form of a graph, if it is not there.
 
     Returns where it is; None where it is not worth it, or cannot be made, which is then logged.
@@ -86,7 +86,7 @@ def _alone(place: Path) -> Iterator[None]:
         yield
 
 
-def _make(path: Path, folder: Path, threads: int, nbytes: int) -> None:
+def _make(path: Path, folder: Path, threads: Threads, nbytes: int) -> None:
     """Write the packed graph, all of it or nothing. Raises OSError or PackageError."""
     if folder.exists():  # another process has made it while this one waited
         return

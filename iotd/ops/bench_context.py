@@ -5,7 +5,8 @@ It drives the engine that the daemon runs, without broker and network.
 
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +17,23 @@ from iotd.errors import Unavailable
 from iotd.events import AnswerEvent, Ask, Done, Failed, Reading, Sampling
 from iotd.model import Model
 from iotd.ops import board
-from iotd.ops.bench import Figure, figure
+from iotd.ops.bench import OURS, Figure, figure
 from iotd.ops.peers import LlamaServer
 
 WINDOW = 2048
 QUESTION_TOKENS = 20
 N_FORKS = 100
+CHART = "first token"
 READ_S = 600.0
 """How long the context may take to be read."""
 
 
 def run(
-    package: Path, *, threads: int, repeat: int, lengths: tuple[int, ...], peer: LlamaServer | None = None
+    package: Path, *, threads: int, repeat: int, lengths: tuple[int, ...], peers: Sequence[LlamaServer] = ()
 ) -> Iterator[Figure]:
-    """Measure, figure by figure. lengths: tokens of context, ascending. peer: is asked over as many tokens, in turn.
+    """Measure, figure by figure. lengths: tokens of context, ascending. peers: are asked over as many tokens, in turn.
 
-    Raises PackageError where the package cannot be opened, Unavailable where the peer does not answer.
+    Raises PackageError where the package cannot be opened, Unavailable where a peer does not answer.
     """
     model = Model.open(package, threads=threads)
     engine = Engine(model, ContextConfig(window=WINDOW), AskConfig(session_bytes=0))
@@ -42,20 +44,18 @@ def run(
         medians: list[float] = []
         for length in lengths:
             n_read = _fill(engine, length, n_read)
-            asker = None if peer is None else _PeerAsker(peer, model, length)
-            first_s, theirs_s = [], []
-            for warm in (False, *[True] * repeat):
-                own_s, their_s = _first_token_s(engine, question), asker.first_token_s() if asker else 0.0
-                if warm:
-                    first_s.append(own_s)
-                    theirs_s.append(their_s)
+            asks = {OURS: partial(_first_token_s, engine, question)}
+            asks |= {peer.name: partial(_PeerAsker(peer, model, length).first_token_s) for peer in peers}
+            turns = [{name: ask() for name, ask in asks.items()} for _ in range(1 + repeat)][1:]  # the first one warms
+            first_s = {name: [turn[name] for turn in turns] for name in asks}
             tokens = engine.status().context_tokens
-            own = figure(f"first token over {tokens}", "s", first_s)
+            own = figure(f"first token over {tokens}", "s", first_s[OURS], chart=CHART, at=length)
             medians.append(own.median)
             yield own
-            if asker:
-                yield figure(f"the same, llama.cpp over {length}", "s", theirs_s)
-                yield figure("so many times sooner", "×", [b / a for a, b in zip(first_s, theirs_s, strict=True)])
+            for name in [*asks][1:]:
+                ratios = [b / a for a, b in zip(first_s[OURS], first_s[name], strict=True)]
+                yield figure(f"the same, {name} over {length}", "s", first_s[name], engine=name, chart=CHART, at=length)
+                yield figure(f"so many times sooner than {name}", "×", ratios)
         yield figure("the last against the first", "×", [medians[-1] / medians[0]])
     finally:
         engine.stop(0)

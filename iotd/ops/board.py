@@ -9,6 +9,8 @@ from iotd.files import lines
 
 PROC = Path("/proc")
 THERMAL = Path("/sys/class/thermal")
+LISTENING = "0A"
+"""Of a TCP socket (Linux, include/net/tcp_states.h)."""
 
 
 def resident_nbytes(pid: int | None = None) -> int:
@@ -47,6 +49,19 @@ def give_back_memory() -> None:
 def cores() -> int:
     """Processors this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def listener_pid(port: int) -> int | None:
+    """The process that listens on this TCP port, where this user may look into it."""
+    tables = [line.split() for table in ("tcp", "tcp6") for line in lines(PROC / "net" / table)[1:]]
+    sockets = {
+        f"socket:[{row[9]}]" for row in tables if row[3] == LISTENING and int(row[1].rpartition(":")[2], 16) == port
+    }
+    for process in PROC.glob("[0-9]*"):
+        with suppress(OSError):
+            if any(str(opened.readlink()) in sockets for opened in (process / "fd").iterdir()):
+                return int(process.name)
+    return None
 
 
 def _status_field(name: str, pid: int | None) -> int:
