@@ -91,7 +91,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         shapes: dict[str, tuple[int, ...]] = {}
         for i, kind in enumerate(self.layers):
             if kind == "linear":
-                shapes[f"conv.{i}"] = (1, self.conv_channels, self.conv_kernel - 1)
+                shapes[f"conv.{i}"] = (1, self.conv_kernel - 1, self.conv_channels)
                 shapes[f"recurrent.{i}"] = (1, self.linear_value_heads, self.linear_key_dim, self.linear_value_dim)
             else:
                 shapes[f"key.{i}"] = (1, self.num_kv_heads, capacity, self.head_dim)
