@@ -37,7 +37,10 @@ NO_VISION = click.option("--no-vision", is_flag=True, help="Leave out the vision
 @RECIPE
 @NO_VISION
 @click.option(
-    "--random", "size", metavar="SIZE", help="Random weights of this size (0.8b, tiny) in CHECKPOINT's place."
+    "--random",
+    "size",
+    metavar="SIZE",
+    help="Random weights of this size (0.8b, 2b, 4b, 9b, tiny) in CHECKPOINT's place.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random weights.")
 @LANGUAGES

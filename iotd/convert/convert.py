@@ -102,13 +102,14 @@ def convert_random(
     progress: Progress = lambda _: None,
 ) -> Manifest:
     """Write a package of random weights with the shape of a published model, one of `random.N_PARAMETERS`."""
+    config = random.random_config(size)
     origin = Origin(
         name=f"random-{size}",
         source=Source(repo="random", revision=f"seed {seed}"),
-        config=random.random_config(size),
+        config=config,
         folder=None,
         weights=random.RandomWeights(seed, progress),
-        tied=True,
+        tied=config["text_config"]["tie_word_embeddings"],
         vision=vision,
     )
     return _convert(origin, out, RECIPES[recipe], shortlist)

@@ -26,6 +26,7 @@ _TEXT: dict[str, Any] = {
     "linear_num_value_heads": 16,
     "max_position_embeddings": 262144,
     "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
     "rope_parameters": {
         "rope_type": "default",
         "rope_theta": 10_000_000.0,
@@ -41,10 +42,28 @@ _VISION: dict[str, Any] = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
+_LARGE: dict[str, Any] = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "linear_num_value_heads": 32,
+}
 _SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "0.8b": (
         {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "num_key_value_heads": 2},
         {"depth": 12, "hidden_size": 768, "num_heads": 12, "intermediate_size": 3072},
+    ),
+    "2b": (
+        {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 8, "num_key_value_heads": 2},
+        {"depth": 24, "hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096},
+    ),
+    "4b": (
+        _LARGE | {"hidden_size": 2560, "intermediate_size": 9216},
+        {"depth": 24, "hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096},
+    ),
+    "9b": (
+        _LARGE | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
+        {"depth": 27, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304},
     ),
     # For tests and the demo: every pair of sizes that could be mixed up is unequal.
     "tiny": (
@@ -65,7 +84,13 @@ _SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {"depth": 2, "hidden_size": 48, "num_heads": 2, "intermediate_size": 80, "num_position_embeddings": 36},
     ),
 }
-N_PARAMETERS = {"0.8b": 853_000_000, "tiny": 600_000}
+N_PARAMETERS = {
+    "0.8b": 853_000_000,
+    "2b": 2_213_000_000,
+    "4b": 4_539_000_000,
+    "9b": 9_409_000_000,
+    "tiny": 600_000,
+}
 # Ids in the published vocabulary, counted from its first special token.
 _SPECIAL_TOKENS = {
     "<|endoftext|>": 0,
