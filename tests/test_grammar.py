@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from iotd.errors import InvalidInput
 from iotd.events import FinishReason, Format, Sampling
-from iotd.model import Model, State
+from iotd.model import Model, State, grammar
 from iotd.model.constrained import ConstrainedGeneration
 from iotd.model.grammar import MAX_BYTES, Grammars
 
@@ -337,6 +337,18 @@ def test_what_cannot_be_kept_to_is_refused(model: Model, format: Format, field: 
         model.constraint(format, 60)
     assert caught.value.field == field
     assert str(caught.value).startswith(field.partition("[")[0])
+
+
+def test_a_form_that_met_a_limit_is_compiled_anew(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers share what the lexer has learnt, up to a limit: who meets it is closed, and the next begins afresh."""
+    monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 300)
+    format, full = form("regex", "[ab]*a[ab]{9}c"), 0
+    for seed in range(40):
+        generation = begun(model, format, Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=seed, max_tokens=40))
+        text = run(generation)
+        assert re.fullmatch("[ab]*a[ab]{9}c", text)
+        full += generation.n_tokens == 40 or generation.finish_reason is FinishReason.STOP
+    assert 30 <= full < 40
 
 
 def test_a_form_is_compiled_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,10 @@ import json
 import math
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +38,7 @@ KEPT = 8
 """Formats that stay compiled, the last that were asked for."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Grammar:
     """A compiled format: matchers at the beginning of an answer, of tokens and of bytes, to be copied."""
 
@@ -50,6 +50,8 @@ class Grammar:
     """The shortest answer."""
     n_tokens: int
     """What an answer needs: the shortest, and of choices the longest."""
+    worn: bool = False
+    """An answer met a limit of llguidance: copies share the lexer, whose states become more with every answer."""
 
 
 class Grammars:
@@ -60,7 +62,8 @@ class Grammars:
         self._eos = sorted(eos_token_ids)
         self._building = threading.Lock()
         self._trie: LLTokenizer | None = None
-        self._compiled = lru_cache(KEPT)(self._compile)
+        self._keeping = threading.Lock()
+        self._kept: OrderedDict[Format, Grammar] = OrderedDict()
 
     def constraint(self, format: Format, max_tokens: int) -> "Constraint":
         """For one answer of at most so many tokens.
@@ -68,7 +71,14 @@ class Grammars:
         A format takes milliseconds when it is new, and the first one half a second and 26 MB for a vocabulary of
         248,000. Raises InvalidInput, naming the field, for one that does not compile or whose answers do not fit.
         """
-        grammar = self._compiled(format)
+        with self._keeping:
+            grammar = self._kept.pop(format, None)
+        if grammar is None or grammar.worn:
+            grammar = self._compile(format)
+        with self._keeping:
+            self._kept[format] = grammar
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
         if grammar.n_tokens > max_tokens:
             raise _invalid(format, f"an answer takes {grammar.n_tokens} tokens, and max_tokens is {max_tokens}")
         return Constraint(self._tokenizer, grammar)
@@ -106,9 +116,9 @@ class Constraint:
 
     def __init__(self, tokenizer: Tokenizer, grammar: Grammar) -> None:
         self._tokenizer = tokenizer
+        self._grammar = grammar
         self._matcher = grammar.matcher.deep_copy()
         self._walk = grammar.walk.deep_copy()
-        self._words = grammar.words
         self._closing = grammar.closing
         self._mask: NDArray[np.uint8] | None = None
 
@@ -148,7 +158,9 @@ class Constraint:
     def _bits(self) -> NDArray[np.uint8]:
         """One for each token."""
         if self._mask is None:
-            self._mask = np.frombuffer(b"" if self._matcher.is_error() else self._matcher.compute_bitmask(), np.uint8)
+            mask = self._matcher.compute_bitmask()
+            self._grammar.worn |= self._matcher.is_error()
+            self._mask = np.frombuffer(b"" if self._matcher.is_error() else mask, np.uint8)
         return self._mask
 
     def take(self, tokens: Sequence[int], room: int) -> bool:
@@ -156,8 +168,9 @@ class Constraint:
         data = b"".join(map(self._tokenizer.token_bytes, tokens))
         walk = self._walk.deep_copy()
         walk.consume_tokens(list(data))
-        closing = find_closing(walk, self._closing.removeprefix(data), self._words)
+        closing = find_closing(walk, self._closing.removeprefix(data), self._grammar.words)
         if closing is None or len(self._tokenizer.encode_bytes(closing)) > room:
+            self._grammar.worn |= closing is None
             return False
         self._matcher.consume_tokens(list(tokens))
         self._walk, self._closing, self._mask = walk, closing, None
