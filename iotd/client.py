@@ -10,6 +10,7 @@ Everything raises children of iotd.errors.IotdError, as the server names them.
 """
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,12 @@ class AskOptions(TypedDict, total=False):
     """Puts exact figures of the sensors that the question names before it."""
     sensors: Sequence[str]
     """The same for these sensors: labels, or patterns such as `* temperature`."""
+    json_schema: Mapping[str, Any] | str | None
+    """The answer is JSON that is valid by this schema, wherever it ends. At most one of this and the next two."""
+    regex: str | None
+    """The whole answer matches this, in the syntax of Rust's regex crate."""
+    choices: Sequence[str] | None
+    """The answer is one of these."""
     temperature: float | None
     top_p: float | None
     top_k: int | None
@@ -330,6 +337,9 @@ def _request(
     catch_up: bool | None = None,
     exact_readings: bool | None = None,
     sensors: Sequence[str] = (),
+    json_schema: Mapping[str, Any] | str | None = None,
+    regex: str | None = None,
+    choices: Sequence[str] | None = None,
     **sampling: Any,
 ) -> tuple[iotd_pb2.AskRequest, float | None]:
     """The request, and the timeout of its call in seconds. Raises InvalidInput for what the proto cannot carry."""
@@ -338,6 +348,12 @@ def _request(
     _fill(request, "", {"session": session, "keep_session": keep_session, "catch_up": catch_up})
     _fill(request, "", {"exact_readings": exact_readings, "sensors": sensors})
     _fill(request.sampling, "sampling.", sampling)
+    if sum(form is not None for form in (json_schema, regex, choices)) > 1:
+        raise errors.InvalidInput("an answer has one form: json_schema, regex or choices", field="format")
+    _fill(request, "", {"json_schema": _schema_text(json_schema), "regex": regex})
+    if choices is not None:
+        request.choices.SetInParent()
+        _fill(request.choices, "", {"choices": choices})
     if budget_s is None:
         return request, None
     try:
@@ -358,6 +374,15 @@ def _fill(message: Message, path: str, values: Mapping[str, Any]) -> None:
             shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
             why = "is no valid text" if isinstance(error, UnicodeError) else "is not allowed"
             raise errors.InvalidInput(f"{path}{name}: {shown} {why}", field=path + name) from error
+
+
+def _schema_text(schema: Mapping[str, Any] | str | None) -> str | None:
+    if schema is None or isinstance(schema, str):
+        return schema
+    try:
+        return json.dumps(schema)
+    except (TypeError, ValueError) as error:
+        raise errors.InvalidInput(f"json_schema: {error}", field="json_schema") from error
 
 
 def _content(path: PemFile) -> bytes:

@@ -5,6 +5,7 @@ Knows no socket, no model and no clock: whoever makes an event fills in its time
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +64,16 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Format:
+    """The form that an answer must have."""
+
+    kind: Literal["json_schema", "regex", "choices"]
+    """Also the name of the request's field."""
+    texts: tuple[str, ...]
+    """The schema or the expression; or the choices, one of which is the answer."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """One question, with everything needed to answer it."""
 
@@ -87,13 +98,15 @@ class Ask:
     sensors: tuple[str, ...] = ()
     """Which these are: labels or patterns; empty takes those that the question names."""
     sampling: Sampling = field(default_factory=Sampling)
+    format: Format | None = None
+    """The answer has this form, wherever it ends; then without thinking and stop strings."""
 
 
 class FinishReason(Enum):
     """Why an answer ended."""
 
     STOP = "stop"
-    """The model ended its turn, or a stop string was met."""
+    """The model ended its turn, a stop string was met, or the answer's form was complete."""
     LENGTH = "length"
     """`max_tokens` were generated, or the context was full."""
     BUDGET = "budget"

@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iotd.errors import ContextOverflow, StateMismatch
-from iotd.events import RGB, Sampling
+from iotd.events import RGB, Format, Sampling
 from iotd.model.chat import ChatTemplate, ImagePieces, Turn
+from iotd.model.constrained import ConstrainedGeneration
 from iotd.model.generation import Generation
+from iotd.model.grammar import Constraint, Grammars
 
 MODULUS = (1 << 61) - 1
 CONTROLS = ["<user>", "<system>", "<end>", "<image>", "</image>", "<close>", "<think>"]
@@ -85,6 +87,15 @@ def _shown(item: Any) -> str:
 class FakeTokenizer:
     """A token is a byte, or a control token where it is meant."""
 
+    vocab_size = VOCAB
+    control_ids = tuple(range(256, VOCAB))
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else CONTROLS[token - 256].encode() if token < EOS else b"<eos>"
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        return list(data)
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         return self.encode_parts([(text, special)])
 
@@ -128,6 +139,7 @@ class FakeModel:
         self.spec = SimpleNamespace(vision=SimpleNamespace(size_factor=PIXELS_PER_SIDE) if vision else None)
         self.tokenizer = FakeTokenizer()
         self.chat = CHAT
+        self._grammars = Grammars(self.tokenizer, {EOS})  # type: ignore[arg-type] # a stand-in
         self._eos_every = eos_every
         self.n_states = 0
 
@@ -170,10 +182,19 @@ class FakeModel:
         assert embedding.shape[0] == grid[0] * grid[1] * grid[2]
         return self._run("place", state, [row.tobytes() for row in embedding[rows]], logits)
 
+    def constraint(self, format: Format, max_tokens: int) -> Constraint:
+        return self._grammars.constraint(format, max_tokens)
+
     def generation(
-        self, state: FakeState, logits: Floats, sampling: Sampling, said: Iterable[int] | None = None
+        self,
+        state: FakeState,
+        logits: Floats,
+        sampling: Sampling,
+        said: Iterable[int] | None = None,
+        constraint: Constraint | None = None,
     ) -> Generation:
-        return Generation(self, state, logits, sampling, self.tokenizer.stream(), {EOS})  # type: ignore[arg-type] # a stand-in
+        parts: Any = self, state, logits, sampling, self.tokenizer.stream(), {EOS}
+        return Generation(*parts) if constraint is None else ConstrainedGeneration(*parts, constraint)
 
     def logits(self, state: FakeState) -> Floats:
         """float32 [V]: one letter, or the end of the turn, stands out; which one, the whole history decides."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from fake_model import EOS, FakeTokenizer
 
 from iotd.config import AskConfig, GrpcConfig
 from iotd.errors import InvalidInput, IotdError
@@ -30,6 +31,7 @@ from iotd.events import (
     Timings,
     Usage,
 )
+from iotd.model.grammar import Grammars
 from iotd.rpc import Server
 
 WAIT_S = 10.0
@@ -101,6 +103,11 @@ class ScriptedEngine:
         self.script: Callable[[ScriptedTicket], None] | None = None
         self.refusal: Exception | None = None
         self._asks = 0
+        self._grammars = Grammars(FakeTokenizer(), {EOS})  # type: ignore[arg-type] # a stand-in
+
+    def check_format(self, ask: Ask) -> None:
+        assert ask.format is not None
+        self._grammars.constraint(ask.format, ask.sampling.max_tokens)
 
     def submit(self, ask: Ask, sink: Callable[[AnswerEvent], None]) -> ScriptedTicket:
         if self.refusal is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import jsonschema
 import pytest
 from daemon import ServeProcess, serving, write_config
 
@@ -116,6 +117,34 @@ def test_json_gives_one_event_a_line_and_how_it_ended(daemon: ServeProcess) -> N
     assert last["done"]["finish_reason"] in ("stop", "length")
     assert last["done"]["usage"]["generation_tokens"] <= 4
     assert last["done"]["timings"]["total_s"] > 0
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_an_answer_keeps_to_a_schema(daemon: ServeProcess, tmp_path: Path, as_file: bool) -> None:
+    """Cut off at any length; and what it takes is not loaded before."""
+    schema = (
+        '{"type": "object", "properties": {"room": {"type": "string"}, "n": {"type": "integer"}}, "required": ["n"]}'
+    )
+    maps = Path(f"/proc/{daemon.pid}/maps")
+    assert "llguidance" not in maps.read_text()
+    file = tmp_path / "schema.json"
+    file.write_text(schema)
+    args = ["--json-schema", str(file) if as_file else schema, "--max-tokens", "30"]
+    result = iotd("ask", "Which room?", "--target", daemon.target, *args)
+    assert (result.returncode, result.stderr) == (0, "")
+    jsonschema.validate(json.loads(result.stdout), json.loads(schema))
+    assert "llguidance" in maps.read_text()
+
+
+def test_an_answer_is_one_of_the_choices_or_matches_an_expression(daemon: ServeProcess) -> None:
+    ask = ["ask", "Is it warm?", "--target", daemon.target]
+    assert iotd(*ask, "--choice", "yes", "--choice", "no").stdout in ("yes\n", "no\n")
+    assert iotd(*ask, "--regex", "[xyz]{3}").stdout.strip("xyz") == "\n"
+
+
+def test_a_form_that_does_not_compile_is_one_sentence_and_exit_code_1(daemon: ServeProcess) -> None:
+    result = iotd("ask", "Is it warm?", "--target", daemon.target, "--regex", "(a")
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", "iotd: regex: unclosed group\n")
 
 
 def test_an_unknown_camera_is_one_sentence_and_exit_code_1(daemon: ServeProcess) -> None:

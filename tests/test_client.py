@@ -13,7 +13,7 @@ from scripted_engine import DONE, PNG, STATUS, WAIT_S, Daemon, ScriptedTicket, r
 from iotd import errors
 from iotd.client import Answer, AsyncClient, Client
 from iotd.config import AskConfig, GrpcConfig
-from iotd.events import Accepted, Sampling
+from iotd.events import Accepted, Format, Sampling
 
 
 @pytest.fixture
@@ -96,6 +96,20 @@ def test_options_left_out_or_none_are_the_servers(daemon: Daemon, client: Client
     assert ask.sampling == Sampling()
     assert (ask.camera, ask.use_context) == (None, True)
     assert ask.deadline_s - ask.arrived_s == pytest.approx(AskConfig().budget_s)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"json_schema": {"type": "integer"}}, Format("json_schema", ('{"type": "integer"}',))),
+        ({"json_schema": '{"type":"integer"}'}, Format("json_schema", ('{"type":"integer"}',))),
+        ({"regex": "[ab]"}, Format("regex", ("[ab]",))),
+        ({"choices": ("yes", "no")}, Format("choices", ("yes", "no"))),
+    ],
+)
+def test_a_format_reaches_the_engine(daemon: Daemon, client: Client, options: Any, expected: Format) -> None:
+    _stream = client.ask("Is a door open?", **options)
+    assert daemon.engine.next().ask.format == expected
 
 
 @pytest.mark.parametrize("way", ["break", "with", "cancel"])
@@ -284,6 +298,10 @@ def test_a_budget_beyond_what_grpc_counts_is_no_deadline_that_has_passed(daemon:
         ({"question": "\udcff"}, "question"),
         ({"budget_s": 1e300}, "budget"),
         ({"budget_s": float("nan")}, "budget"),
+        ({"json_schema": {"const": {1}}}, "json_schema"),
+        ({"regex": "\udcff"}, "regex"),
+        ({"choices": [1]}, "choices"),
+        ({"choices": ["a"], "regex": "a"}, "format"),
     ],
 )
 def test_what_the_proto_cannot_carry_is_refused_by_its_field(

@@ -13,7 +13,7 @@ from scripted_engine import DONE, PNG, WAIT_S, Daemon, ScriptedTicket, channel, 
 
 from iotd.config import AskConfig
 from iotd.errors import DeadlineExceeded
-from iotd.events import Done, FinishReason, Sampling, Timings, Usage
+from iotd.events import Done, FinishReason, Format, Sampling, Timings, Usage
 from iotd.rpc import service
 from iotd.rpc.request import REPLY_MARGIN_S
 from iotd.rpc.times import duration
@@ -111,6 +111,20 @@ def test_every_field_reaches_the_engine_zeros_too(daemon: Daemon, stub: Any) -> 
     assert ask.sampling == Sampling(0.0, 1.0, 0, 0.0, 0, 5, ("\n", "."), True)
     assert len(ask.images) == 2
     np.testing.assert_array_equal(ask.images[0], decode_image(PNG))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"json_schema": '{"type": "integer"}'}, Format("json_schema", ('{"type": "integer"}',))),
+        ({"regex": "[ab]+"}, Format("regex", ("[ab]+",))),
+        ({"choices": iotd_pb2.Choices(choices=["yes", "no"])}, Format("choices", ("yes", "no"))),
+    ],
+)
+def test_a_format_reaches_the_engine(daemon: Daemon, stub: Any, fields: Any, expected: Format | None) -> None:
+    _call = stub.Ask(question(**fields))
+    assert daemon.engine.next().ask.format == expected
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,13 @@ BAD_FIELDS = [
     (sampling(stop=["ok", ""]), "sampling.stop[1]"),
     (sampling(stop=["x" * (MAX_STOP_CHARS + 1)]), "sampling.stop[0]"),
     (sampling(stop=["."] * (MAX_STOPS + 1)), "sampling.stop"),
+    ({"json_schema": '{"type": "foo"}'}, "json_schema"),
+    ({"json_schema": '{"type": "string", "minLength": 40}', **sampling(max_tokens=30)}, "json_schema"),
+    ({"regex": "(a"}, "regex"),
+    ({"choices": iotd_pb2.Choices()}, "choices"),
+    ({"choices": iotd_pb2.Choices(choices=["a", "b", "a"])}, "choices[2]"),
+    ({"regex": "a", **sampling(stop=["."])}, "sampling.stop"),
+    ({"regex": "a", **sampling(thinking=True)}, "sampling.thinking"),
 ]
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from iotd.cli.options import DURATION, FILE, JSON, TARGET, TLS, Number
+from iotd.cli.options import DURATION, FILE, JSON, TARGET, TLS, JsonText, Number
 from iotd.cli.show import plain, visible
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 @click.option("--keep-session", is_flag=True, help="Keep where the answer ends; says by which name to go on.")
 @click.option("--session", help="Go on from the answer that was kept under this name.")
 @click.option("--catch-up", is_flag=True, help="With --session: read what has come since, before the question.")
+@click.option("--json-schema", type=JsonText(), help="Answer in JSON that is valid by this schema: a file, or JSON.")
+@click.option("--regex", help="Answer in a text that matches this, in the syntax of Rust's regex crate.")
+@click.option("--choice", "choices", multiple=True, help="Answer with this or another choice; repeatable.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer, in tokens.")
 @click.option("--temperature", type=Number(0), help="0 takes the most likely token each time.")
 @click.option("--seed", type=click.IntRange(0), help="The same seed gives the same answer.")
@@ -41,6 +44,7 @@ def ask(question: str, target: str, as_json: bool, **options: Any) -> None:
         "use_context": not options.pop("no_context"),
         "exact_readings": options.pop("exact"),
         "thinking": options.pop("thinking") or None,
+        "choices": options.pop("choices") or None,
     }
     with Client(target, **files) as client, client.ask(question, **options) as answer:
         for piece in answer:

@@ -42,6 +42,20 @@ class Number(click.FloatRange):
         return number
 
 
+class JsonText(click.Path):
+    """A JSON object as it is, or a file with one. Gives its text."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Read the file; fails with a usage error."""
+        if value.lstrip().startswith("{"):
+            return str(value)
+        super().convert(value, param, ctx)
+        return Path(value).read_text("utf-8", errors="replace")
+
+
 DURATION = Duration()
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 CONFIG = click.option(

@@ -59,8 +59,10 @@ class Answer:
         self._call = call
         self._kit = kit
         self._generation: Generation | None = None
+        self._free_text = call.ask.format is None
         self._sentences = Sentences()
         self._step_s = 0.0
+        """What the last run took for each of its `run_tokens`."""
         self._session: Session | None = None
         self._units = self._work()
 
@@ -74,8 +76,12 @@ class Answer:
             next(self._units)
             reason = self._finished()
         if reason is not None and self._generation is not None:
+            if reason is FinishReason.BUDGET:
+                self._say(self._generation.close())
+                self._call.meter.generation_tokens = self._generation.n_tokens
             self._say(self._generation.flush())
-            self._call.speak(self._sentences.rest(cut_off=reason is FinishReason.BUDGET), self._kit.clock())
+            cut_off = self._free_text and reason is FinishReason.BUDGET
+            self._call.speak(self._sentences.rest(cut_off=cut_off), self._kit.clock())
             self._name_session(reason)
         return reason
 
@@ -112,7 +118,11 @@ class Answer:
     def _stopped(self) -> FinishReason | None:
         if self._call.cancelled:
             return FinishReason.CANCELLED
-        return FinishReason.BUDGET if self._call.expired(self._kit.clock()) else None
+        now_s = self._kit.clock()
+        if self._generation is not None and not self._free_text:
+            # It can be closed at any time, so it need not be late by one more run.
+            now_s += self._step_s * self._generation.run_tokens
+        return FinishReason.BUDGET if self._call.expired(now_s) else None
 
     def _finished(self) -> FinishReason | None:
         return None if self._generation is None else self._generation.finish_reason
@@ -121,6 +131,8 @@ class Answer:
         if self._call.ask.session is not None:
             self._session = self._kit.sessions.get(self._call.ask.session)
         prompt = self._prompt()
+        sampling, form = self._call.ask.sampling, self._call.ask.format
+        constraint = self._kit.model.constraint(form, sampling.max_tokens) if form is not None else None
         self._fork()
         yield
         for chunk in prompt[:-1]:
@@ -129,8 +141,9 @@ class Answer:
             yield
         logits = self._feed(prompt[-1], logits=True)
         assert logits is not None
+        said = self._said(prompt) if self._kit.drafting else None
         self._generation = self._kit.model.generation(
-            self._kit.fork, logits, self._call.ask.sampling, said=self._said(prompt) if self._kit.drafting else None
+            self._kit.fork, logits, sampling, said=said, constraint=constraint
         )
         while True:
             yield
@@ -156,9 +169,11 @@ class Answer:
         began_s = self._kit.clock()
         # A run of guesses takes up to four times as long as one of a single token: it would overshoot the deadline.
         near = self._call.ask.deadline_s - began_s < 4 * self._step_s
+        run_tokens = generation.run_tokens
         with self._timed("decode_s"):
             piece = generation.step(guess=not near)
-        self._step_s = self._kit.clock() - began_s
+        if run_tokens:
+            self._step_s = (self._kit.clock() - began_s) / run_tokens
         self._call.meter.generation_tokens = generation.n_tokens
         self._say(piece)
 
@@ -227,7 +242,7 @@ class Answer:
     def _say(self, piece: str) -> None:
         now_s, meter = self._kit.clock(), self._call.meter
         step_s = meter.decode_s / max(1, meter.generation_tokens)
-        near_end = self._call.ask.deadline_s - now_s < SENTENCE_TOKENS * step_s
+        near_end = self._free_text and self._call.ask.deadline_s - now_s < SENTENCE_TOKENS * step_s
         self._call.speak(self._sentences.push(piece, near_end=near_end), now_s)
 
     @contextmanager

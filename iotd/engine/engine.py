@@ -215,6 +215,14 @@ class Engine:
         """A new length of the queue, for the asks that come from now on; nothing else here changes. From any thread."""
         self._asks.resize(ask.queue)
 
+    def check_format(self, ask: Ask) -> None:
+        """Compile the ask's format, if it has one, so that its turn need not. From any thread; takes up to a second.
+
+        Raises InvalidInput, naming the field, for one that does not compile or whose answers do not fit.
+        """
+        if ask.format is not None:
+            self._model.constraint(ask.format, ask.sampling.max_tokens)
+
     def submit(self, ask: Ask, sink: Sink) -> Ticket:
         """Queue an ask, from any thread; its answer's events go to `sink`.
 

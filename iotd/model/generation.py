@@ -57,7 +57,7 @@ class Generation:
         drafting: Drafting | None = None,
     ) -> None:
         self.n_tokens = 0
-        """Tokens drawn, the one that ended the turn not counted."""
+        """Tokens of the answer, the one that ended the turn not counted."""
         self.finish_reason: FinishReason | None = None
         self.state = state
         """What has read all but `unread`: with drafting, the given state or the one beside it."""
@@ -77,6 +77,11 @@ class Generation:
     @property
     def done(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def run_tokens(self) -> float:
+        """What the next run takes, where one of a single token takes 1; 0 where nothing was chosen so far."""
+        return 1.0
 
     def step(self, *, guess: bool = True) -> str:
         """Run the model once, draw one token or more, and return the text they complete, which may be empty.
@@ -144,6 +149,10 @@ class Generation:
         self.state, self._beside = self._beside, self.state
         self.state.take_rows()
         del self.unread[:n_read]
+
+    def close(self) -> str:
+        """Text that makes a cut answer whole; free text needs none."""
+        return ""
 
     def flush(self) -> str:
         """Text held back at the end: the start of a stop string that did not come, an unfinished character."""

@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iotd.errors import ContextOverflow, InvalidInput
-from iotd.events import RGB, Sampling
+from iotd.events import RGB, Format, Sampling
 from iotd.model.chat import ChatTemplate, Message
+from iotd.model.constrained import ConstrainedGeneration
 from iotd.model.decoder import Decoder
 from iotd.model.generation import Drafting, Generation
+from iotd.model.grammar import Constraint, Grammars
 from iotd.model.head import Head, HeadKind
 from iotd.model.lookup import Lookup
 from iotd.model.package import CHAT, TOKENIZER, VISION, Manifest, read_manifest, verify
@@ -45,6 +47,7 @@ class Model:
         self.tokenizer = Tokenizer.open(folder / TOKENIZER)
         self.chat = ChatTemplate.from_json((folder / CHAT).read_bytes())
         self._head = Head(folder, manifest.head, manifest.spec, open_graph, head)
+        self._grammars = Grammars(self.tokenizer, manifest.spec.eos_token_ids)
         self._decoder = Decoder(folder, manifest.spec, manifest.embedding, self._head, open_graph)
         self._folder = folder
         self._open_graph = open_graph
@@ -154,17 +157,31 @@ class Model:
         part = embeddings[rows], offsets[:, rows]
         return self._decoder.prefill_embeddings(state, *part, span if last else 0, logits=logits)
 
+    def constraint(self, format: Format, max_tokens: int) -> Constraint:
+        """For one answer of this form. From any thread; see `Grammars.constraint`."""
+        return self._grammars.constraint(format, max_tokens)
+
     def generation(
-        self, state: State, logits: Floats, sampling: Sampling, *, said: Iterable[int] | None = None
+        self,
+        state: State,
+        logits: Floats,
+        sampling: Sampling,
+        *,
+        said: Iterable[int] | None = None,
+        constraint: Constraint | None = None,
     ) -> Generation:
         """An answer that goes on from `state` and its last logits, one run of the model a step.
 
         `said` are the tokens that it may quote, such as those the state has read: several of them are then read in one
         run where they are guessed rightly. The text is the same, but for the last bits of floating point. The state it
-        ends in (`Generation.state`) is then good until the next generation with `said`.
+        ends in (`Generation.state`) is then good until the next generation with `said`. With a constraint nothing is
+        guessed: what it forces is read in one run as it is.
         """
-        drafting = None if said is None else Drafting(Lookup(said), self._other_than(state))
         stream = self.tokenizer.stream()
+        if constraint is not None:
+            eos = self.spec.eos_token_ids
+            return ConstrainedGeneration(self._decoder, state, logits, sampling, stream, eos, constraint)
+        drafting = None if said is None else Drafting(Lookup(said), self._other_than(state))
         return Generation(self._decoder, state, logits, sampling, stream, self.spec.eos_token_ids, drafting)
 
     def _other_than(self, state: State) -> State:

@@ -81,6 +81,10 @@ class Tokenizer:
                 plain = following
         return ids + self._encode_plain(plain)
 
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids that stand for just these bytes: nothing is normalised, and they may begin or end inside a character."""
+        return self._encode_words(data.decode(errors="surrogateescape"))
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids. Bytes that are no UTF-8 become U+FFFD; ids without a token give nothing."""
         skipped = self._special if skip_special else frozenset[int]()
@@ -100,14 +104,22 @@ class Tokenizer:
             return b""
         return bytes(self._bytes[self._offsets[token] : self._offsets[token + 1]])
 
+    @property
+    def control_ids(self) -> list[int]:
+        """Of all control tokens, such as `<|im_end|>` and `<think>`."""
+        return sorted(self._added.values())
+
     def _encode_plain(self, text: str) -> list[int]:
+        return self._encode_words(self._normalizer.normalize(text))
+
+    def _encode_words(self, text: str) -> list[int]:
         ids: list[int] = []
-        for word in self._pretokenizer.split(self._normalizer.normalize(text)):
+        for word in self._pretokenizer.split(text):
             ids += self._cached_word(word) if len(word) <= _CACHED_LENGTH else self._encode_word(word)
         return ids
 
     def _encode_word(self, word: str) -> list[int]:
-        return self._merges.apply([self._byte_ids[byte] for byte in word.encode()])
+        return self._merges.apply([self._byte_ids[byte] for byte in word.encode(errors="surrogateescape")])
 
 
 class TextStream:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from iotd.config import AskConfig
 from iotd.errors import InvalidInput
-from iotd.events import RGB, Ask, Sampling
+from iotd.events import RGB, Ask, Format, Sampling
 from iotd.model.sampling import check_sampling
 from iotd.rpc.times import seconds
 from iotd.v1 import iotd_pb2
@@ -46,7 +46,7 @@ def budget_s(request: iotd_pb2.AskRequest, limits: AskConfig) -> float:
 
 
 def parse(request: iotd_pb2.AskRequest, arrived_s: float, ends_s: float, limits: AskConfig) -> Ask:
-    """The ask without its images: those take `decode_images`, off the event loop. Raises InvalidInput."""
+    """The ask without its images, and with a format that has not been compiled. Raises InvalidInput."""
     _check_question(request.question)
     _check_size("camera", len(request.camera), MAX_CAMERA_CHARS, " characters")
     _check_size("sensors", len(request.sensors), MAX_SENSOR_PATTERNS, "")
@@ -55,6 +55,10 @@ def parse(request: iotd_pb2.AskRequest, arrived_s: float, ends_s: float, limits:
     if request.catch_up and not request.session:
         raise InvalidInput("catch_up is for a question that goes on from a session", field="catch_up")
     _check_size("images", len(request.images), limits.max_images, "")
+    form, sampling = _format(request), _sampling(request.sampling, limits)
+    if form is not None and (sampling.stop or sampling.thinking):
+        name = "stop" if sampling.stop else "thinking"
+        raise InvalidInput(f"{name} is for free text: it does not go with {form.kind}", field=f"sampling.{name}")
     return Ask(
         question=request.question,
         arrived_s=arrived_s,
@@ -66,7 +70,8 @@ def parse(request: iotd_pb2.AskRequest, arrived_s: float, ends_s: float, limits:
         catch_up=request.catch_up,
         exact_readings=request.exact_readings or bool(request.sensors),
         sensors=tuple(request.sensors),
-        sampling=_sampling(request.sampling, limits),
+        sampling=sampling,
+        format=form,
     )
 
 
@@ -90,6 +95,16 @@ def _check_question(question: str) -> None:
 def _check_size(field: str, size: int, limit: int, unit: str) -> None:
     if size > limit:
         raise InvalidInput(f"{field}: {size}{unit} given, at most {limit} taken", field=field)
+
+
+def _format(request: iotd_pb2.AskRequest) -> Format | None:
+    match request.WhichOneof("format"):
+        case None:
+            return None
+        case "choices":
+            return Format("choices", tuple(request.choices.choices))
+        case kind:
+            return Format(kind, (getattr(request, kind),))
 
 
 def _sampling(options: iotd_pb2.SamplingOptions, limits: AskConfig) -> Sampling:

@@ -43,6 +43,9 @@ class Ticket(Protocol):
 class AskEngine(Protocol):
     """What answers asks."""
 
+    def check_format(self, ask: events.Ask) -> None:
+        """Compile the ask's format. From any thread; takes up to a second. Raises InvalidInput."""
+
     def submit(self, ask: events.Ask, sink: Callable[[AnswerEvent], None]) -> Ticket:
         """Queue the ask. `sink` gets Delta*, then one Done or Failed, on another thread. Raises IotdError at once."""
 
@@ -59,6 +62,7 @@ class Service(iotd_pb2_grpc.IotdServicer):
         self.limits = limits
         self._decode_image = decode_image
         self._decoders = asyncio.Semaphore(DECODERS)
+        self._compiler = asyncio.Semaphore(1)
         self._open_asks = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -109,6 +113,8 @@ class Service(iotd_pb2_grpc.IotdServicer):
         try:
             if request.images:
                 ask = replace(ask, images=await self._images(request, ends_s))
+            if ask.format is not None:
+                await self._check_format(ask)
             await self._run(ask, context)
         except DeadlineExceeded as error:
             if left_s is None or ends_s >= arrived_s + requests.budget_s(request, self.limits):
@@ -118,6 +124,10 @@ class Service(iotd_pb2_grpc.IotdServicer):
     async def _images(self, request: iotd_pb2.AskRequest, ends_s: float) -> tuple[RGB, ...]:
         async with _ends_by(ends_s, "the budget ended while the images were decoded"), self._decoders:
             return await requests.decode_images(list(request.images), self._decode_image)
+
+    async def _check_format(self, ask: events.Ask) -> None:
+        async with _ends_by(ask.deadline_s, "the budget ended while the format was compiled"), self._compiler:
+            await asyncio.to_thread(self._serving_engine().check_format, ask)
 
     async def _run(self, ask: events.Ask, context: AskContext) -> None:
         mailbox = Mailbox()

@@ -36,7 +36,7 @@ SERVING_STATE_SERVING: ServingState
 SERVING_STATE_DRAINING: ServingState
 
 class AskRequest(_message.Message):
-    __slots__ = ("question", "images", "camera", "budget", "use_context", "sampling", "session", "keep_session", "catch_up", "exact_readings", "sensors")
+    __slots__ = ("question", "images", "camera", "budget", "use_context", "sampling", "session", "keep_session", "catch_up", "exact_readings", "sensors", "json_schema", "regex", "choices")
     QUESTION_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     CAMERA_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,9 @@ class AskRequest(_message.Message):
     CATCH_UP_FIELD_NUMBER: _ClassVar[int]
     EXACT_READINGS_FIELD_NUMBER: _ClassVar[int]
     SENSORS_FIELD_NUMBER: _ClassVar[int]
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     question: str
     images: _containers.RepeatedScalarFieldContainer[bytes]
     camera: str
@@ -59,7 +62,16 @@ class AskRequest(_message.Message):
     catch_up: bool
     exact_readings: bool
     sensors: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, question: _Optional[str] = ..., images: _Optional[_Iterable[bytes]] = ..., camera: _Optional[str] = ..., budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., use_context: bool = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., session: _Optional[str] = ..., keep_session: bool = ..., catch_up: bool = ..., exact_readings: bool = ..., sensors: _Optional[_Iterable[str]] = ...) -> None: ...
+    json_schema: str
+    regex: str
+    choices: Choices
+    def __init__(self, question: _Optional[str] = ..., images: _Optional[_Iterable[bytes]] = ..., camera: _Optional[str] = ..., budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., use_context: bool = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., session: _Optional[str] = ..., keep_session: bool = ..., catch_up: bool = ..., exact_readings: bool = ..., sensors: _Optional[_Iterable[str]] = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., choices: _Optional[_Union[Choices, _Mapping]] = ...) -> None: ...
+
+class Choices(_message.Message):
+    __slots__ = ("choices",)
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    choices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SamplingOptions(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "presence_penalty", "seed", "max_tokens", "stop", "thinking")
