@@ -151,10 +151,10 @@ class FakeModel:
         self.n_states += 1
         return FakeState(capacity)
 
-    def prefill(self, state: FakeState, tokens: Sequence[int], *, logits: bool = True) -> Floats | None:
+    def prefill(self, state: FakeState, tokens: Sequence[int], *, logits: bool = True, **_: Any) -> Floats | None:
         return self._run("prefill", state, list(tokens), logits)
 
-    def step(self, state: FakeState, token: int) -> Floats:
+    def step(self, state: FakeState, token: int, **_: Any) -> Floats:
         logits = self._run("step", state, [token], True)
         assert logits is not None
         return logits

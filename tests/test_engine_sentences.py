@@ -1,6 +1,7 @@
 """An answer whose time ends is told up to its last whole sentence; every other is told whole, as it comes."""
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ class Scripted(FakeModel):
         found[ord(self.text[self.n_steps]) if self.n_steps < len(self.text) else EOS] = 1
         return found
 
-    def step(self, state: FakeState, token: int) -> Floats:
+    def step(self, state: FakeState, token: int, **_: Any) -> Floats:
         self.n_steps += 1
         return super().step(state, token)
 

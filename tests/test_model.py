@@ -171,7 +171,7 @@ class Script:
         found[self.tokens[len(self.read)]] = 1
         return found
 
-    def step(self, state: State, token: int) -> Floats:
+    def step(self, state: State, token: int, **_: Any) -> Floats:
         self.read.append(token)
         state.position += 1
         return self.logits()

@@ -45,10 +45,10 @@ class ConstrainedGeneration(Generation):
                 self._logits = None
         if self.done:
             return text
-        (logits,) = self._read([])
         allowed = self._constraint.allowed()
         if not len(allowed):
             return text + self._end(FinishReason.LENGTH)
+        (logits,) = self._read([], only=allowed)
         token = int(allowed[self._sampler.draw(logits[allowed])])
         self._n_drawn += 1
         return text + self._say([token]) + self._say_forced()

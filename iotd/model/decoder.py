@@ -45,9 +45,12 @@ class Decoder:
         self._bindings: WeakKeyDictionary[State, WeakKeyDictionary[Cache, ort.IOBinding]] = WeakKeyDictionary()
         self._cos, self._sin = rotary_tables(spec, 0)
 
-    def prefill(self, state: State, token_ids: Sequence[int] | Ints, *, logits: bool = True) -> Floats | None:
+    def prefill(
+        self, state: State, token_ids: Sequence[int] | Ints, *, logits: bool = True, only: Ints | None = None
+    ) -> Floats | None:
         """Read tokens, int64 [T], into the state. Returns float32 [V] after the last of them, or None without `logits`.
 
+        Of `only` some tokens, int64 [n], where no others will be taken. No coarse head has a part in it.
         Raises ContextOverflow or InvalidInput before anything is run.
         """
         ids = self._checked_ids(token_ids)
@@ -57,10 +60,10 @@ class Decoder:
             last = start + CHUNK >= len(ids)
             self._run(state, self._embed(state, part), int(logits and last))
             state.rope_position += len(part)
-        return self._logits()[0].copy() if logits else None
+        return self._all_logits(only) if logits else None
 
-    def step(self, state: State, token_id: int) -> Floats:
-        """Read one token. Returns float32 [V], a view that the next call overwrites."""
+    def step(self, state: State, token_id: int, *, only: Ints | None = None) -> Floats:
+        """Read one token. Returns float32 [V], a view that the next call overwrites; `only` is as in `prefill`."""
         self._check_room(state, 1)
         if not 0 <= token_id < self.spec.vocab_size:
             raise InvalidInput(f"token id {token_id} is outside of the vocabulary of {self.spec.vocab_size}")
@@ -68,7 +71,7 @@ class Decoder:
         self._table.rows(self._token, self._embeds[0, :1])
         self._run(state, np.full((3, 1), state.rope_position), 1)
         state.rope_position += 1
-        logits: Floats = self._logits()[0]
+        logits: Floats = self._head.logits(self._hidden[0, :1], only=only)[0]
         return logits
 
     def verify(self, state: State, beside: State, token_ids: Sequence[int], n_rows: int) -> Floats:
@@ -85,7 +88,7 @@ class Decoder:
         beside.work_beside(state)
         beside.position, beside.rope_position = state.position, state.rope_position + len(ids)
         self._run(beside, positions, n_rows, after=state)
-        return self._logits(n_rows)
+        return self._head.logits(self._hidden[0, :n_rows])
 
     def prefill_embeddings(
         self, state: State, embeddings: Floats, positions: Ints, rope_span: int, *, logits: bool = False
@@ -102,11 +105,14 @@ class Decoder:
             last = start + CHUNK >= len(embeddings)
             self._run(state, base + positions[:, start : start + CHUNK], int(logits and last))
         state.rope_position = base + rope_span
-        return self._logits()[0].copy() if logits else None
+        return self._all_logits() if logits else None
 
-    def _logits(self, n_rows: int = 1) -> Floats:
-        """Of the hidden states that the last run gave."""
-        return self._head.logits(self._hidden[0, :n_rows])
+    def _all_logits(self, only: Ints | None = None) -> Floats:
+        """Of the hidden state that the last run gave."""
+        hidden = self._hidden[0, :1]
+        logits = self._head.all(hidden) if only is None else self._head.logits(hidden, only=only)
+        found: Floats = logits[0].copy()
+        return found
 
     def _embed(self, state: State, ids: Ints) -> Ints:
         """Write the tokens' embeddings into the input buffer. Returns their rotary positions, int64 [3, T]."""

@@ -52,22 +52,48 @@ class Head:
             self._coarse = _Coarse(graph, self._some)
         self._logits = np.zeros((1, spec.vocab_size), np.float32)
 
-    def logits(self, hidden: Floats) -> Floats:
+    def logits(self, hidden: Floats, *, only: Ints | None = None) -> Floats:
         """float32 [R, D] → float32 [R, V], a view that the next call overwrites.
 
-        A token whose logit was not computed has −∞: one that is not on the shortlist, or, with a coarse head, that is
-        not among those which may have the largest.
+        only: tokens int64 [n] of which alone one will be taken. A token whose logit was not computed has −∞: one that
+        is not on the shortlist, and with a coarse head one that is not among those which may have the largest.
         """
-        if self._coarse is None and self._ids is None:
-            return self._exact.run(hidden)
-        if len(self._logits) < len(hidden):
-            self._logits = np.zeros((MOST_ROWS, self.vocab_size), np.float32)
-        logits = self._logits[: len(hidden)]
-        logits.fill(-np.inf)
+        if (only is not None and len(only) > FEW) or (only is None and self._coarse is None):
+            return self.all(hidden)
+        logits = self._blank(len(hidden))
         for row, state in zip(logits, hidden, strict=True):
-            found = self._coarse.best(state) if self._coarse is not None else None
-            rows, values = found or (slice(None), self._exact.run(state[None])[0])
-            row[rows if self._ids is None else self._ids[rows]] = values
+            if only is not None:
+                row[only] = self.some(state, only)
+            elif (found := self._best(state)) is not None:
+                tokens, values = found
+                row[tokens] = values
+            else:
+                self._fill(row[None], state[None])
+        return logits
+
+    def all(self, hidden: Floats) -> Floats:
+        """The same, of every token that has a logit."""
+        if self._ids is None:
+            return self._exact.run(hidden)
+        logits = self._blank(len(hidden))
+        self._fill(logits, hidden)
+        return logits
+
+    def _best(self, hidden: Floats) -> tuple[Ints, Floats] | None:
+        """The tokens that may have the largest logit, and their logits; None where that cannot be told."""
+        found = self._coarse.best(hidden) if self._coarse is not None else None
+        if found is None or self._ids is None:
+            return found
+        return self._ids[found[0]], found[1]
+
+    def _fill(self, logits: Floats, hidden: Floats) -> None:
+        logits[:, slice(None) if self._ids is None else self._ids] = self._exact.run(hidden)
+
+    def _blank(self, n_rows: int) -> Floats:
+        if len(self._logits) < n_rows:
+            self._logits = np.zeros((MOST_ROWS, self.vocab_size), np.float32)
+        logits = self._logits[:n_rows]
+        logits.fill(-np.inf)
         return logits
 
     def some(self, hidden: Floats, ids: Ints) -> Floats:
