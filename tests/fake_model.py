@@ -37,6 +37,8 @@ class FakeState:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.trace: list[Any] = []
+        self.lender: FakeState | None = None
+        self.borrower: FakeState | None = None
         self.nbytes = capacity * 8
 
     @property
@@ -56,6 +58,14 @@ class FakeState:
 
     def copy_into(self, other: "FakeState") -> None:
         other.trace[:] = self.trace
+        other.lender = None
+
+    @property
+    def dispossessed(self) -> bool:
+        return self.lender is not None and self.lender.borrower is not self
+
+    def works_in_rows_of(self, other: "FakeState") -> bool:
+        return (self.lender or self) is other
 
     def arrays(self) -> dict[str, Any]:
         return {"trace": np.array(self.trace, object)}
@@ -66,11 +76,13 @@ class FakeState:
         self.trace[:] = arrays["trace"]
 
     def take_over(self, fork: "FakeState") -> None:
+        assert not fork.dispossessed
         fork.copy_into(self)
 
     def lend_to(self, fork: "FakeState") -> None:
         fork.capacity = self.capacity
         self.copy_into(fork)
+        fork.lender, self.borrower = self, fork
 
     @property
     def text(self) -> str:
@@ -208,6 +220,8 @@ class FakeModel:
         return logits
 
     def _run(self, what: str, state: FakeState, items: list[Any], logits: bool) -> Floats | None:
+        if state.dispossessed:
+            raise StateMismatch("the rows were taken back")
         if len(items) > state.available:
             raise ContextOverflow(len(items), state.available)
         self.on_run(what, len(items))

@@ -115,6 +115,23 @@ def test_an_ask_never_sees_half_a_line() -> None:
     assert seen == {OPENING, first, first + f"{stamp(1)} camera door: <image>{'#' * 16}</image>\n"}
 
 
+def test_a_line_that_asks_break_into_is_read_once_more_and_not_again() -> None:
+    """Its rows are lent by the context, until an ask needs them; then it has rows of its own."""
+    engine = DrivenEngine(chunk_tokens=8)
+    text = "a long text that takes several chunks "
+    engine.observe(reading(0, text))
+    while not engine.live.text.endswith("chunks 0\n"):
+        engine.turn()
+        engine.answer_one("what?")
+    n_tokens = len(DATE + line(0, text=text))
+    assert n_tokens < engine.status().counters["context_tokens_read"] <= n_tokens + 8
+    assert engine.live.text == OPENING + DATE + line(0, text=text)
+    alone = DrivenEngine(chunk_tokens=8)
+    alone.observe(reading(0, text))
+    alone.settle()
+    assert engine.answer() == alone.answer()
+
+
 def test_no_unit_of_reading_is_longer_than_a_chunk() -> None:
     runs: list[int] = []
     model = FakeModel(on_run=lambda what, n: runs.append(n) if what == "prefill" else None)

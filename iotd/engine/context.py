@@ -2,13 +2,13 @@
 
 It owns two states, a third that has read the system prompt alone, and the few events it may need again, and is worked
 one unit at a time. It knows no clock, no queue and no ask. Whatever `live` holds is whole: an event that takes more
-than one chunk is read into the spare state, which then takes `live`'s place, so that a fork never begins in the middle
-of a line.
+than one chunk is read by the spare state, in rows lent by `live`, which then goes on from there; so a fork never begins
+in the middle of a line. Where an ask needs the rows meanwhile, the event is read once more, into the spare state's own.
 """
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from iotd.counters import Counters
@@ -57,17 +57,26 @@ class _Job:
     """Chunks on their way into a state, and what the context will be once all are read."""
 
     target: State
-    chunks: Iterator[Chunk]
-    """Those behind the next one."""
+    plan: Callable[[], Iterator[Chunk]]
+    """All that is to be read, from the beginning."""
     new: list[Entry]
     """Events read for the first time."""
     oldest_s: float
     day: str
     rebuilds: bool = False
+    chunks: Iterator[Chunk] = field(init=False)
+    """Those behind the next one."""
     chunk: Chunk | None = field(init=False)
     """The next one; None where all are read."""
 
     def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        self.chunks = self.plan()
+        self.advance()
+
+    def advance(self) -> None:
         self.chunk = next(self.chunks, None)
 
 
@@ -172,15 +181,19 @@ class Context:
         target = self.live
         if n_tokens > self._pace.size or any(entry.has_image for entry in entries):
             target = self._spare
-            self.live.copy_into(target)
+            self.live.lend_to(target)
         oldest_s = self.view.oldest_s or entries[0].time_s
-        self._job = _Job(target, chunks(parts, lambda: self._pace.size), entries, oldest_s, day)
+        self._job = _Job(target, self._plan(parts), entries, oldest_s, day)
         return target is not self.live
 
     def advance(self) -> None:
         """Read one chunk, or encode one image, of the job under way. Raises what the model raises."""
         job = self._job
         assert job is not None
+        if job.target.dispossessed:  # an ask took the rows: a second one shall not
+            self.live.copy_into(job.target)
+            job.begin()
+            return
         chunk = job.chunk
         if chunk is None:  # a successor without events
             self._commit(job)
@@ -193,7 +206,7 @@ class Context:
         with self._pace.run(n_tokens):
             feed(self._model, job.target, chunk)
         self._counters.add("context_tokens_read", n_tokens)
-        job.chunk = next(job.chunks, None)
+        job.advance()
         if job.chunk is None:
             self._commit(job)
 
@@ -222,8 +235,10 @@ class Context:
         parts, last_day = self._dated(kept, "")
         self.blank.copy_into(self._spare)
         oldest_s = kept[0].time_s if kept else 0.0
-        run = chunks(parts, lambda: self._pace.size)
-        self._job = _Job(self._spare, run, new, oldest_s, last_day, rebuilds=True)
+        self._job = _Job(self._spare, self._plan(parts), new, oldest_s, last_day, rebuilds=True)
+
+    def _plan(self, parts: list[Part]) -> Callable[[], Iterator[Chunk]]:
+        return lambda: chunks(parts, lambda: self._pace.size)
 
     def _dated(self, entries: Iterable[Entry], day: str) -> tuple[list[Part], str]:
         """The entries' parts with a date line wherever the day changes, and the day at the end."""
@@ -236,12 +251,14 @@ class Context:
         return parts, day
 
     def _commit(self, job: _Job) -> None:
-        if job.target is self._spare:
+        if job.target.works_in_rows_of(self.live):
+            if job.target is not self.live:
+                self.live.take_over(job.target)
+        else:
             self.live, self._spare = self._spare, self.live
-        if job.rebuilds:
             self._spare.reset()  # it takes no memory until it is written again
-            if job.oldest_s:
-                self._counters.add("context_swaps")
+        if job.rebuilds and job.oldest_s:
+            self._counters.add("context_swaps")
         self._job = None
         self._day = job.day
         self._remember(job.new)

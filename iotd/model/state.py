@@ -119,6 +119,14 @@ class State:
         fork.claim()
         fork._continue_in(self)
 
+    @property
+    def dispossessed(self) -> bool:
+        """The rows that were lent to it have been taken back, or lent to another: it must not be run any more."""
+        return self._cache is not self._own and self._cache.borrower is not self
+
+    def works_in_rows_of(self, other: "State") -> bool:
+        return self._cache is other._own
+
     def work_beside(self, other: "State") -> None:
         """Work in the same rows as `other`, a state of the same model, which may run from there to here."""
         self._check_kin(other)
@@ -157,7 +165,7 @@ class State:
         """Called before each run. Raises StateMismatch where the rows that were lent have been taken back."""
         if self._cache is self._own:
             self._own.borrower = None
-        elif self._cache.borrower is not self:
+        elif self.dispossessed:
             raise StateMismatch("the rows this fork works in were taken back by their owner")
 
     def _continue_in(self, other: "State") -> None:
