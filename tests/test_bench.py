@@ -40,6 +40,7 @@ class _Handler(BaseHTTPRequestHandler):
         for n in range(asked["n_predict"]):
             self._event({"content": f"token {n}", "stop": False})
         self._event({"content": "", "stop": True, **({"timings": server.timings} if server.timings else {})})
+        self.wfile.write(b"data: [DONE]\n\n")  # as ik_llama.cpp ends
 
     def _event(self, data: dict[str, Any]) -> None:
         self.wfile.write(f"data: {json.dumps(data)}\n\n".encode())

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from iotd.app import open_engine
+from iotd.config import Config, ModelConfig
+from iotd.model import Model
 from iotd.model.package import DECODER
 from iotd.model.session import Threads, open_session
 
@@ -53,3 +56,16 @@ def test_each_thread_but_the_callers_has_a_core(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
     assert Threads(count, affinity=True).entries.get("session.intra_op_thread_affinities") == expected
     assert "session.intra_op_thread_affinities" not in Threads(count).entries
+
+
+def test_the_daemon_takes_them_from_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Opened(Exception):
+        pass
+
+    def opened(_path: str, **options: object) -> None:
+        raise Opened(options["threads"], options["spinning"], options["affinity"])
+
+    monkeypatch.setattr(Model, "open", opened)
+    with pytest.raises(Opened) as found:
+        open_engine(Config(model=ModelConfig(threads=3, spinning=False, affinity=True)))
+    assert found.value.args == (3, False, True)

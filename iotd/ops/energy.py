@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -76,8 +77,8 @@ class PowerMeter:
             took_s = time.perf_counter() - began_s
             done.set()
             reader.join()
-        readings = readings or [self._watts()]
-        return statistics.fmean(watts for watts in readings if watts is not None) * took_s
+        told = [watts for watts in readings if watts is not None] or [self._watts() or 0.0]
+        return statistics.fmean(told) * took_s
 
 
 def rapl(sys: Path) -> Meter | None:
@@ -102,7 +103,7 @@ def hwmon(sys: Path) -> Meter | None:
     for power in sorted(sys.glob("class/hwmon/hwmon*/power*_input")):
         name = "".join(lines(power.with_name("name"))[:1])
         if name not in GRAPHICS and _number(power) is not None:
-            return PowerMeter(name, lambda at=power: _watts(at))  # type: ignore[misc]
+            return PowerMeter(name, partial(_watts, power))
     return None
 
 
