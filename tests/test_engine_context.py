@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,9 +123,11 @@ def test_a_line_that_asks_break_into_is_read_once_more_and_not_again() -> None:
     engine.observe(reading(0, text))
     while not engine.live.text.endswith("chunks 0\n"):
         engine.turn()
+        engine.turn()
         engine.answer_one("what?")
     n_tokens = len(DATE + line(0, text=text))
-    assert n_tokens < engine.status().counters["context_tokens_read"] <= n_tokens + 8
+    again = engine.status().counters["context_tokens_read"] - n_tokens
+    assert 0 < again <= 16
     assert engine.live.text == OPENING + DATE + line(0, text=text)
     alone = DrivenEngine(chunk_tokens=8)
     alone.observe(reading(0, text))
@@ -319,7 +322,9 @@ class HalfwayModel(FakeModel):
 
     breaks = False
 
-    def prefill(self, state: FakeState, tokens: Sequence[int], *, logits: bool = True) -> NDArray[np.float32] | None:
+    def prefill(
+        self, state: FakeState, tokens: Sequence[int], *, logits: bool = True, **_: Any
+    ) -> NDArray[np.float32] | None:
         found = super().prefill(state, tokens[: len(tokens) // 2] if self.breaks else tokens, logits=logits)
         if self.breaks:
             self.breaks = False

@@ -14,7 +14,7 @@ from iotd.engine.backlog import Backlog
 from iotd.engine.call import Call, Unit
 from iotd.engine.context import Context
 from iotd.engine.entry import Chunk, Part, Rows, Tokens, chunks, count_tokens
-from iotd.engine.feed import Floats, encode, feed
+from iotd.engine.feed import Floats, Ints, encode, feed
 from iotd.engine.ledger import Ledger
 from iotd.engine.lines import Lines
 from iotd.engine.sentences import Sentences
@@ -139,7 +139,7 @@ class Answer:
             yield from self._encode(chunk)
             self._feed(chunk)
             yield
-        logits = self._feed(prompt[-1], logits=True)
+        logits = self._feed(prompt[-1], logits=True, only=constraint.allowed() if constraint is not None else None)
         assert logits is not None
         said = self._said(prompt) if self._kit.drafting else None
         self._generation = self._kit.model.generation(
@@ -156,9 +156,9 @@ class Answer:
             self._kit.counters.add("images_encoded")
             yield
 
-    def _feed(self, chunk: Chunk, *, logits: bool = False) -> Floats | None:
+    def _feed(self, chunk: Chunk, *, logits: bool = False, only: Ints | None = None) -> Floats | None:
         with self._timed("prefill_s"):
-            found = feed(self._kit.model, self._kit.fork, chunk, logits=logits)
+            found = feed(self._kit.model, self._kit.fork, chunk, logits=logits, only=only)
         n_tokens = count_tokens([chunk])
         self._call.meter.prompt_tokens += n_tokens
         if isinstance(chunk, Rows):

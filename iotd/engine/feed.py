@@ -9,6 +9,7 @@ from iotd.model.resize import resize
 from iotd.model.state import State
 
 Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
 
 
 def encode(model: Model, image: Image) -> None:
@@ -18,10 +19,13 @@ def encode(model: Model, image: Image) -> None:
     image.rgb = None
 
 
-def feed(model: Model, state: State, chunk: Chunk, *, logits: bool = False) -> Floats | None:
-    """Advance a state by one chunk. Returns float32 [V] after its last token where `logits` are wanted."""
+def feed(model: Model, state: State, chunk: Chunk, *, logits: bool = False, only: Ints | None = None) -> Floats | None:
+    """Advance a state by one chunk. Returns float32 [V] after its last token where `logits` are wanted.
+
+    only: the tokens that count, int64 [n], where not all of them do.
+    """
     if isinstance(chunk, list):
-        return model.prefill(state, chunk, logits=logits)
+        return model.prefill(state, chunk, logits=logits, only=only)
     image, rows = chunk.image, slice(chunk.start, chunk.stop)
     assert image.embedding is not None
     return model.prefill_embeddings(state, image.embedding, grid=image.grid, rows=rows, logits=logits)

@@ -7,8 +7,9 @@ frame with a blot, and nobody can tell.
 
 import re
 import struct
+from functools import cache
+from typing import Any
 
-import cv2
 import numpy as np
 
 from iotd.events import RGB
@@ -30,10 +31,17 @@ _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD8)})
 _MAX_SEGMENTS = 1000
 """Segments looked at before the frame header; a profile takes at most 255 of them (ICC.1, annex B.4)."""
 
-# One decoding at a time needs no pool of threads, and the cores belong to the model.
-cv2.setNumThreads(1)
-# What OpenCV itself would print about a damaged image is raised here as NotImage.
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+@cache
+def _opencv() -> Any:
+    """OpenCV, loaded for the first image: a house without cameras need not have its 16 MB in memory."""
+    import cv2
+
+    # One decoding at a time needs no pool of threads, and the cores belong to the model.
+    cv2.setNumThreads(1)
+    # What OpenCV itself would print about a damaged image is raised here as NotImage.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    return cv2
 
 
 def image_size(payload: bytes) -> tuple[int, int]:
@@ -63,6 +71,7 @@ def decode_image(payload: bytes, *, max_pixels: int, keep_pixels: int = KEEP_PIX
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise TooLarge(f"the image has {width} by {height} pixels; at most {MAX_ASPECT} : 1 is allowed")
     bgr = _decoded(payload, width * height, keep_pixels)
+    cv2 = _opencv()
     return np.asarray(cv2.cvtColor(_shrunk(bgr, keep_pixels), cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
@@ -72,7 +81,8 @@ def _decoded(payload: bytes, n_pixels: int, keep_pixels: int) -> RGB:
     One end marker more does no harm behind a whole JPEG; behind a cut one it makes libjpeg say that data is missing,
     where without it OpenCV decodes nothing at all.
     """
-    flags = cv2.IMREAD_COLOR
+    cv2 = _opencv()
+    flags: int = cv2.IMREAD_COLOR
     if payload.startswith(_JPEG):
         flags = _flags(n_pixels, keep_pixels)
         payload += _END_OF_JPEG
@@ -89,11 +99,10 @@ def _decoded(payload: bytes, n_pixels: int, keep_pixels: int) -> RGB:
 
 def _flags(n_pixels: int, keep_pixels: int) -> int:
     """Lets libjpeg scale while it decodes, as long as more than `keep_pixels` are left. libpng cannot."""
-    if n_pixels >= 64 * keep_pixels:
-        return cv2.IMREAD_REDUCED_COLOR_8
-    if n_pixels >= 16 * keep_pixels:
-        return cv2.IMREAD_REDUCED_COLOR_4
-    return cv2.IMREAD_REDUCED_COLOR_2 if n_pixels >= 4 * keep_pixels else cv2.IMREAD_COLOR
+    cv2 = _opencv()
+    ladder = ((64, cv2.IMREAD_REDUCED_COLOR_8), (16, cv2.IMREAD_REDUCED_COLOR_4), (4, cv2.IMREAD_REDUCED_COLOR_2))
+    flag: int = next((flag for factor, flag in ladder if n_pixels >= factor * keep_pixels), cv2.IMREAD_COLOR)
+    return flag
 
 
 def _shrunk(image: RGB, keep_pixels: int) -> RGB:
@@ -102,6 +111,7 @@ def _shrunk(image: RGB, keep_pixels: int) -> RGB:
         return image
     scale = (keep_pixels / (width * height)) ** 0.5
     size = (max(1, int(width * scale)), max(1, int(height * scale)))
+    cv2 = _opencv()
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 

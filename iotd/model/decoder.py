@@ -50,7 +50,7 @@ class Decoder:
     ) -> Floats | None:
         """Read tokens, int64 [T], into the state. Returns float32 [V] after the last of them, or None without `logits`.
 
-        Of `only` some tokens, int64 [n], where no others will be taken. No coarse head has a part in it.
+        Of `only` some tokens, int64 [n], where no others will be taken.
         Raises ContextOverflow or InvalidInput before anything is run.
         """
         ids = self._checked_ids(token_ids)
@@ -60,7 +60,7 @@ class Decoder:
             last = start + CHUNK >= len(ids)
             self._run(state, self._embed(state, part), int(logits and last))
             state.rope_position += len(part)
-        return self._all_logits(only) if logits else None
+        return self._logits(only) if logits else None
 
     def step(self, state: State, token_id: int, *, only: Ints | None = None) -> Floats:
         """Read one token. Returns float32 [V], a view that the next call overwrites; `only` is as in `prefill`."""
@@ -105,13 +105,11 @@ class Decoder:
             last = start + CHUNK >= len(embeddings)
             self._run(state, base + positions[:, start : start + CHUNK], int(logits and last))
         state.rope_position = base + rope_span
-        return self._all_logits() if logits else None
+        return self._logits() if logits else None
 
-    def _all_logits(self, only: Ints | None = None) -> Floats:
+    def _logits(self, only: Ints | None = None) -> Floats:
         """Of the hidden state that the last run gave."""
-        hidden = self._hidden[0, :1]
-        logits = self._head.all(hidden) if only is None else self._head.logits(hidden, only=only)
-        found: Floats = logits[0].copy()
+        found: Floats = self._head.logits(self._hidden[0, :1], only=only)[0].copy()
         return found
 
     def _embed(self, state: State, ids: Ints) -> Ints:

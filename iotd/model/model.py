@@ -28,7 +28,8 @@ from iotd.model.tokenizer import Tokenizer
 from iotd.model.vision import Grid, VisionEncoder, check_image
 
 Floats = NDArray[np.float32]
-Tokens = Sequence[int] | NDArray[np.int64]
+Ints = NDArray[np.int64]
+Tokens = Sequence[int] | Ints
 ALL = slice(None)
 
 
@@ -115,16 +116,20 @@ class Model:
         return State(self.spec, capacity)
 
     @overload
-    def prefill(self, state: State, token_ids: Tokens, *, logits: Literal[True] = True) -> Floats: ...
+    def prefill(
+        self, state: State, token_ids: Tokens, *, logits: Literal[True] = True, only: Ints | None = None
+    ) -> Floats: ...
     @overload
-    def prefill(self, state: State, token_ids: Tokens, *, logits: bool) -> Floats | None: ...
-    def prefill(self, state: State, token_ids: Tokens, *, logits: bool = True) -> Floats | None:
+    def prefill(self, state: State, token_ids: Tokens, *, logits: bool, only: Ints | None = None) -> Floats | None: ...
+    def prefill(
+        self, state: State, token_ids: Tokens, *, logits: bool = True, only: Ints | None = None
+    ) -> Floats | None:
         """Read tokens, int64 [T]. Returns float32 [V] after the last of them, or None without `logits`.
 
-        Raises ContextOverflow before anything is run. Any chunking of the same tokens gives the same state, but for
-        the last bits of floating point.
+        only: tokens int64 [n] of which alone one will be taken; others may have −∞. Raises ContextOverflow before
+        anything is run. Any chunking of the same tokens gives the same state, but for the last bits of floating point.
         """
-        return self._decoder.prefill(state, token_ids, logits=logits)
+        return self._decoder.prefill(state, token_ids, logits=logits, only=only)
 
     def step(self, state: State, token_id: int) -> Floats:
         """Read one token. Returns float32 [V], which the next call overwrites."""
