@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from iotd.errors import Unavailable
-from iotd.ops import bench, bench_context, bench_profile, energy
+from iotd.model.head import HeadKind
+from iotd.ops import bench, bench_answers, bench_context, bench_profile, energy
 from iotd.ops.peers import LlamaServer, Speeds
 
 TIMINGS = {"prompt_n": 512, "prompt_ms": 5120.0, "predicted_n": 49, "predicted_ms": 1600.0}
@@ -122,6 +123,28 @@ def test_a_peer_is_asked_new_questions_over_the_same_context(tiny_package: Path,
     assert all(prompt[:200] == asked[0][:200] and len(prompt) == 220 for prompt in asked)
     assert len({tuple(prompt) for prompt in asked}) == 3
     assert found[-1].name == "left behind by 100 forks"
+
+
+def test_answers_are_written_under_the_same_schema_as_a_peers(tiny_package: Path, peer: Peer) -> None:
+    llama = LlamaServer(peer.url)
+    found = {figure.name: figure for figure in bench_answers.run(tiny_package, threads=1, repeat=2, peers=[llama])}
+    assert [*found] == [
+        "quoting, word by word",
+        "quoting, guessed",
+        "so many times faster",
+        "JSON under a schema, iotd",
+        "JSON under a schema, llama.cpp",
+        "so many times faster than llama.cpp",
+    ]
+    assert all(figure.lowest > 0 for figure in found.values())
+    assert [request["json_schema"] for request in peer.asked] == [bench_answers.SCHEMA] * 3
+    assert not any(request["ignore_eos"] for request in peer.asked)
+
+
+@pytest.mark.parametrize("head", ["two-stage", "coarse"])
+def test_another_head_is_measured_where_it_is_asked_for(tiny_package: Path, head: HeadKind) -> None:
+    found = [*bench.run(tiny_package, threads=1, repeat=1, head=head)]
+    assert "decode at 512" in [figure.name for figure in found]
 
 
 def test_a_profile_says_where_the_time_goes(tiny_int4_package: Path) -> None:

@@ -13,6 +13,7 @@ from iotd.cli.options import FILE, JSON, THREADS
 from iotd.cli.show import plain, progress
 
 if TYPE_CHECKING:
+    from iotd.model.head import HeadKind
     from iotd.ops.bench import Figure
 
 
@@ -62,10 +63,23 @@ def bench() -> None:
     help="Another engine on a model of the same shape, measured in turn: the URL of a server of llama.cpp or its kin, "
     "a .gguf file (needs llama-cpp-python), or a folder of onnxruntime-genai (needs that). Repeatable.",
 )
+@click.option(
+    "--head",
+    type=click.Choice(["exact", "two-stage", "coarse"]),
+    default="exact",
+    show_default=True,
+    help="As model.head has it; coarse is two-stage that never falls back, as random weights would always.",
+)
 @PLOT
 @JSON
 def speed(
-    package: Path, threads: int, repeat: int, peers: tuple[str, ...], plot: IO[str] | None, as_json: bool
+    package: Path,
+    threads: int,
+    repeat: int,
+    peers: tuple[str, ...],
+    head: "HeadKind",
+    plot: IO[str] | None,
+    as_json: bool,
 ) -> None:
     """Load, prefill, decode, image encoding, memory; energy, where the machine measures it.
 
@@ -76,8 +90,35 @@ def speed(
     from iotd.ops.peers import opened
 
     with opened(peers, threads=threads, capacity=measure.PEER_CAPACITY) as others:
-        figures = measure.run(package, threads=threads, repeat=repeat, peers=others)
+        figures = measure.run(package, threads=threads, repeat=repeat, head=head, peers=others)
         _tell_figures(figures, threads, repeat, plot, as_json)
+
+
+SERVERS = click.option(
+    "--vs",
+    "peers",
+    metavar="[NAME=]URL",
+    multiple=True,
+    help="A server of llama.cpp or its kin on a model of the same shape, asked in turn. Repeatable.",
+)
+
+
+@bench.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@THREADS
+@REPEAT
+@SERVERS
+@PLOT
+@JSON
+def answers(
+    package: Path, threads: int, repeat: int, peers: tuple[str, ...], plot: IO[str] | None, as_json: bool
+) -> None:
+    """How fast answers are that quote their context, with guesses and without, or that keep to a JSON schema."""
+    from iotd.ops import bench_answers
+    from iotd.ops.peers import servers
+
+    figures = bench_answers.run(package, threads=threads, repeat=repeat, peers=servers(peers))
+    _tell_figures(figures, threads, repeat, plot, as_json)
 
 
 @bench.command()
@@ -93,13 +134,7 @@ def speed(
 )
 @THREADS
 @REPEAT
-@click.option(
-    "--vs",
-    "peers",
-    metavar="[NAME=]URL",
-    multiple=True,
-    help="A server of llama.cpp or its kin on a model of the same shape, asked in turn. Repeatable.",
-)
+@SERVERS
 @PLOT
 @JSON
 def context(

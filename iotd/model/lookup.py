@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-LEAST, MOST = 2, 4
+LEAST, MOST = 2, 16
 """Tokens at the end that must have stood together before, and that are compared at most."""
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iotd.model import Model, State
+from iotd.model.head import HeadKind
 from iotd.ops import board, energy
 from iotd.ops.peers import Peer, Speeds
 
@@ -68,15 +69,17 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began_s
 
 
-def run(package: Path, *, threads: int, repeat: int, peers: Sequence[Peer] = ()) -> Iterator[Figure]:
-    """Measure a package, figure by figure. peers: do the same in turn.
+def run(
+    package: Path, *, threads: int, repeat: int, head: HeadKind = "exact", peers: Sequence[Peer] = ()
+) -> Iterator[Figure]:
+    """Measure a package, figure by figure. head: see `Model.open`. peers: do the same in turn.
 
     Raises PackageError where the package cannot be opened, Unavailable where a peer does not answer.
     """
-    Model.open(package, threads=threads)  # the first start on a machine packs the weights
+    Model.open(package, threads=threads, head=head)  # the first start on a machine packs the weights
     board.give_back_memory()
     began_s = time.perf_counter()
-    model = Model.open(package, threads=threads)
+    model = Model.open(package, threads=threads, head=head)
     state = model.new_state(CAPACITY)
     model.prefill(state, [0])
     loaded_s = time.perf_counter() - began_s

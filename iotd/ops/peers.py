@@ -131,7 +131,18 @@ class LlamaServer:
         except (KeyError, TypeError, ZeroDivisionError) as error:
             raise Unavailable(f"{self._url} tells no timings: is it llama.cpp's server?") from error
 
-    def _complete(self, ids: Sequence[int], n_predict: int, *, cache: bool) -> Iterator[dict[str, Any]]:
+    def json_speed(self, ids: Sequence[int], schema: dict[str, Any], n_predict: int) -> float:
+        """Characters per second of a greedy answer under a JSON schema, from its first one on."""
+        text, began_s, ended_s = "", 0.0, 0.0
+        for event in self._complete(ids, n_predict, cache=True, json_schema=schema, ignore_eos=False):
+            ended_s = time.monotonic()
+            began_s = began_s or ended_s
+            text += event.get("content", "")
+        if not text or ended_s <= began_s:
+            raise Unavailable(f"{self._url} has answered with nothing")
+        return len(text) / (ended_s - began_s)
+
+    def _complete(self, ids: Sequence[int], n_predict: int, *, cache: bool, **options: Any) -> Iterator[dict[str, Any]]:
         """The events of a streamed completion (llama.cpp's tools/server/README.md, `POST /completion`)."""
         body = {
             "prompt": [*ids],
@@ -140,6 +151,7 @@ class LlamaServer:
             "stream": True,
             "temperature": 0.0,
             "ignore_eos": True,
+            **options,
         }
         try:
             headers = {"Content-Type": "application/json"}
