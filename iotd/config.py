@@ -45,9 +45,10 @@ class ModelConfig(_Section, frozen=True):
     """They wait for work in a loop while the model runs: faster, unless something else needs their cores meanwhile."""
     affinity: bool = False
     """All but one of them keep to a core each, the last ones."""
-    head: Literal["exact", "two-stage"] = "exact"
+    head: Literal["exact", "two-stage"] = "two-stage"
     """How the next word is found in the vocabulary: from the logits of all tokens, or of those alone that a coarse pass
-    finds likely. The latter reads a third less for each token, and falls back to all where it cannot be sure."""
+    finds likely. That reads a third less for each token, and takes all where it cannot be sure of the likeliest; of a
+    draw from the whole vocabulary (top_k 0) it leaves out what is far from likely."""
     max_image_pixels: Annotated[int, msgspec.Meta(ge=1024)] = 65_536
     """Images are resized to this many at most before they are encoded; the 0.8B makes 64 tokens of 65,536."""
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -155,3 +156,23 @@ def test_packed_weights_that_are_damaged_are_made_again(tiny_package: Path, capl
     assert len(kept()) == 1  # the vision encoder's, which is opened with the first image
     Model.open(tiny_package, threads=1)
     assert len(kept()) == 3
+
+
+def test_what_is_not_used_takes_no_memory(tiny_package: Path) -> None:
+    """Opening looks at every page of the packed weights; those of a head that is not asked need not stay."""
+    Model.open(tiny_package, threads=1)
+    model = Model.open(tiny_package, threads=1)
+    assert resident_kb() == 0
+    logits(model)
+    assert resident_kb() > 0
+
+
+def resident_kb() -> int:
+    """Of all mapped packed weights."""
+    found, packed_weights = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-", line):
+            packed_weights = line.endswith("graph.data")
+        elif packed_weights and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found

@@ -5,9 +5,11 @@ are file pages, which the kernel can drop and read again, and loading takes a qu
 the same, bit for bit.
 """
 
+import ctypes
 import fcntl
 import hashlib
 import logging
+import mmap
 import os
 import platform
 import shutil
@@ -47,7 +49,9 @@ def open_packed(path: Path, threads: Threads, fingerprint: str) -> ort.Inference
     if packed is None:
         return open_session(path, threads)
     try:
-        return open_session(packed, threads)
+        session = open_session(packed, threads)
+        _let_go(packed.with_name(_DATA))
+        return session
     except PackageError as error:
         log.warning("packed weights are damaged and will be made again at the next start: %s", error)
         shutil.rmtree(packed.parent, ignore_errors=True)
@@ -114,6 +118,15 @@ def _make(path: Path, folder: Path, threads: Threads, nbytes: int) -> None:
         sync(place)
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+def _let_go(data: Path) -> None:
+    """Pages that were looked at while the graph was opened: what is used comes back, the rest takes no memory."""
+    for line in lines(Path("/proc/self/maps")):
+        addresses, permissions, *_ = line.split(maxsplit=2)
+        if line.endswith(str(data)) and "w" not in permissions:
+            start, stop = (int(address, 16) for address in addresses.split("-"))
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
 def _key(name: str, fingerprint: str) -> str:
