@@ -12,6 +12,7 @@ import logging
 import mmap
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -122,10 +123,11 @@ def _make(path: Path, folder: Path, threads: Threads, nbytes: int) -> None:
 
 def _let_go(data: Path) -> None:
     """Pages that were looked at while the graph was opened: what is used comes back, the rest takes no memory."""
-    for line in lines(Path("/proc/self/maps")):
-        addresses, permissions, *_ = line.split(maxsplit=2)
-        if line.endswith(str(data)) and "w" not in permissions:
-            start, stop = (int(address, 16) for address in addresses.split("-"))
+    start = stop = 0
+    for line in lines(Path("/proc/self/smaps")):
+        if found := re.match("([0-9a-f]+)-([0-9a-f]+) .* (.+)", line):
+            start, stop = (int(found[k], 16) if found[3] == str(data) else 0 for k in (1, 2))
+        elif stop and re.fullmatch("Anonymous: +0 kB", line):  # nothing was written into it that would be lost
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
