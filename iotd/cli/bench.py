@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from iotd.cli.options import FILE, JSON, THREADS
+from iotd.cli.options import FILE, HEAD, JSON, THREADS
 from iotd.cli.show import plain, progress
 
 if TYPE_CHECKING:
@@ -63,13 +63,7 @@ def bench() -> None:
     help="Another engine on a model of the same shape, measured in turn: the URL of a server of llama.cpp or its kin, "
     "a .gguf file (needs llama-cpp-python), or a folder of onnxruntime-genai (needs that). Repeatable.",
 )
-@click.option(
-    "--head",
-    type=click.Choice(["exact", "two-stage", "coarse"]),
-    default="exact",
-    show_default=True,
-    help="As model.head has it; coarse is two-stage that never falls back, as random weights would always.",
-)
+@HEAD
 @PLOT
 @JSON
 def speed(

@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from iotd.cli.options import DURATION, FILE, JSON, THREADS, Number
+from iotd.cli.options import DURATION, FILE, HEAD, JSON, THREADS, Number
 from iotd.cli.show import extra, plain, progress
 from iotd.errors import InvalidInput
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from iotd.demo.evaluate import Outcome
     from iotd.demo.respondents import DaemonRespondent, FreshDaemonRespondent, PackageRespondent
     from iotd.demo.simulate import Totals
+    from iotd.model.head import HeadKind
 
 
 @click.command()
@@ -76,6 +77,7 @@ def demo(for_s: float | None, seed: int | None, as_json: bool) -> int:
 @click.option("--broker", help="HOST:PORT of the broker that it reads the demo's topics from.")
 @click.option("--questions", type=click.IntRange(1), default=2000, show_default=True, help="How many to ask.")
 @THREADS
+@HEAD
 @click.option(
     "--answers", type=click.File("w", encoding="utf-8"), help="Write each question and answer, as JSON lines."
 )
@@ -84,7 +86,8 @@ def demo(for_s: float | None, seed: int | None, as_json: bool) -> int:
 def evaluate(questions: int, answers: IO[str] | None, show_wrong: int, as_json: bool, **who: Any) -> None:
     """Ask the held-out questions about simulated homes, and count the right answers by kind.
 
-    PACKAGE is asked directly. A running daemon keeps its context: start it fresh, and let nobody else publish to it.
+    PACKAGE is asked directly, with --head; daemons have a head of their own. A running daemon keeps its context: start
+    it fresh, and let nobody else publish to it.
     """
     from iotd.demo import evaluate as held_out
 
@@ -106,6 +109,7 @@ def _respondent(
     target: str | None,
     broker: str | None,
     threads: int,
+    head: "HeadKind",
 ) -> "PackageRespondent | DaemonRespondent | FreshDaemonRespondent":
     if (package is None) == (target is None):
         raise click.UsageError("give either PACKAGE or --target")
@@ -123,7 +127,7 @@ def _respondent(
     return (
         FreshDaemonRespondent(package, threads, restart_every)
         if through_daemon
-        else PackageRespondent(package, threads)
+        else PackageRespondent(package, threads, head)
     )
 
 

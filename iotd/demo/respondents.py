@@ -26,6 +26,7 @@ from iotd.engine.lines import Lines
 from iotd.errors import InvalidInput, Unavailable
 from iotd.events import Reading, Sampling, ServerStatus
 from iotd.model import Model, State
+from iotd.model.head import HeadKind
 from iotd.model.package import read_manifest
 from iotd.mqtt.publisher import Publisher
 
@@ -45,9 +46,9 @@ _PROBE_TOPIC = "home/message/eval"
 class PackageRespondent:
     """The model of a package in this process: one state reads the stream, each question runs on a fork of it."""
 
-    def __init__(self, package: Path, threads: int) -> None:
+    def __init__(self, package: Path, threads: int, head: HeadKind = "exact") -> None:
         """Raises PackageError where it cannot be opened, InvalidInput where it cannot see."""
-        self._model = Model.open(package, threads=threads)
+        self._model = Model.open(package, threads=threads, head=head)
         if not self._model.has_vision:
             raise InvalidInput(f"{package} was converted without vision, and there are questions about pictures")
         capacity = min(CAPACITY, self._model.spec.max_positions)
