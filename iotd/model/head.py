@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from iotd.errors import PackageError
 from iotd.model.package import COARSE_HEAD, HEAD, HEAD_IDS, HeadEntry
+from iotd.model.sampling import nth_largest
 from iotd.model.session import OpenGraph
 from iotd.model.spec import ModelSpec
 from iotd.model.table import RowTable
@@ -129,7 +130,7 @@ class _Coarse:
             self._pause -= 1
             return None
         coarse = self._graph.run(hidden[None])[0]
-        least = _largest(coarse, CANDIDATES)
+        least = nth_largest(coarse, CANDIDATES)
         rows = np.flatnonzero(coarse >= least)
         exact = self._exact(hidden, rows)
         if not self._doubts:
@@ -169,14 +170,6 @@ class _Graph:
             binding.bind_output("logits", "cpu", 0, np.float32, (n, self._rows), self._logits.ctypes.data)
         self._session.run_with_iobinding(self._bindings[n])
         return self._logits[:n]
-
-
-def _largest(values: Floats, n: int, block: int = 64) -> float:
-    """At least n values are as large. It is the n-th largest of the blocks' maxima, which takes one pass."""
-    if len(values) <= n * block:
-        return float(np.partition(values, -n)[-n]) if len(values) > n else -np.inf
-    maxima = values[: len(values) // block * block].reshape(-1, block).max(axis=1)
-    return float(np.partition(maxima, -n)[-n])
 
 
 def _ids(path: Path, rows: int, vocab_size: int) -> Ints:

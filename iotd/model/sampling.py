@@ -11,6 +11,7 @@ from iotd.events import Sampling
 Floats = NDArray[np.float32]
 BLOCK = 256
 GREEDY_TEMPERATURE = 1e-5
+LEAST = float(np.finfo(np.float32).min)
 
 
 class Sampler:
@@ -62,18 +63,15 @@ def check_sampling(sampling: Sampling) -> None:
 
 
 def top_k(logits: Floats, k: int) -> NDArray[np.intp]:
-    """Indices of the k largest of float32 [V], largest first.
-
-    The k largest lie in the k blocks with the largest maxima, so only those blocks are looked into: on a vocabulary of
-    248,320 that is one pass for the maxima instead of a partition of the whole.
-    """
-    blocks = len(logits) // BLOCK
-    if k >= blocks:
-        candidates = np.arange(len(logits))
-    else:
-        maxima = logits[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
-        chosen = np.argpartition(maxima, -k)[-k:]
-        inside = (chosen[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
-        candidates = np.concatenate([inside, np.arange(blocks * BLOCK, len(logits))])
+    """Indices of the k largest of float32 [V], largest first; those of −∞ are left out."""
+    candidates = np.flatnonzero(logits >= max(nth_largest(logits, k), LEAST))
     order = np.argsort(-logits[candidates], kind="stable")[:k]
     return candidates[order]
+
+
+def nth_largest(values: Floats, n: int) -> float:
+    """About that: at least n values are as large. It is the n-th largest maximum of a block, which takes one pass."""
+    blocks = len(values) // BLOCK
+    if n < blocks:
+        values = values[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
+    return float(np.partition(values, -n)[-n]) if n < len(values) else -np.inf
