@@ -10,7 +10,7 @@ import yaml
 
 from iotd import config
 from iotd.errors import ConfigError
-from iotd.files import sync
+from iotd.files import put
 
 Values = Mapping[str, int | bool]
 
@@ -28,9 +28,7 @@ def write(path: Path, section: str, values: Values) -> None:
     shutil.copymode(path, unfinished)
     with suppress(PermissionError):
         os.chown(unfinished, path.stat().st_uid, path.stat().st_gid)
-    sync(unfinished)
-    unfinished.replace(path)
-    sync(path.parent)
+    put(unfinished, path)
 
 
 def edited(text: str, section: str, values: Values) -> str:

@@ -12,6 +12,13 @@ def lines(path: Path) -> list[str]:
         return []
 
 
+def put(unfinished: Path, path: Path) -> None:
+    """Replace a file by one written beside it: after a crash at any moment it is the old or the new. Raises OSError."""
+    sync(unfinished)
+    unfinished.replace(path)
+    sync(path.parent)
+
+
 def sync(path: Path) -> None:
     """Put a file, or the names in a folder, onto the disk: a power cut then leaves them there. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)

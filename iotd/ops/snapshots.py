@@ -4,7 +4,6 @@ It is an uncompressed NumPy archive (a zip file, so each array has its CRC-32) w
 arrays. Knows no engine: what a snapshot means is `iotd.engine.snapshot`'s.
 """
 
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import numpy as np
 
 from iotd.engine.snapshot import Header, Snapshot
 from iotd.errors import SnapshotError
-from iotd.files import sync
+from iotd.files import put
 
 _HEADER = "header"
 
@@ -49,10 +48,7 @@ def save(path: Path, snapshot: Snapshot) -> None:
     arrays: dict[str, Any] = {_HEADER: header, **snapshot.arrays}
     with unfinished.open("wb") as file:
         np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    sync(path.parent)
+    put(unfinished, path)
 
 
 def load(path: Path) -> Snapshot | None:
