@@ -148,7 +148,7 @@ def test_every_text_can_still_be_said(tiny_package: Path) -> None:
     tokenizer = Tokenizer.open(tiny_package / TOKENIZER)
     for kept in (of_texts(tokenizer, ["a"]), of_languages(tokenizer, ["en"])):
         assert kept == sorted(set(kept))
-        assert set(tokenizer.byte_ids) | set(tokenizer.added_ids) <= set(kept)
+        assert set(tokenizer.byte_ids) | set(tokenizer.control_ids) <= set(kept)
 
 
 def test_letters_of_other_scripts_are_left_out(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_letters_of_other_scripts_are_left_out(tiny_package: Path, monkeypatch: 
     bytes_of = dict(enumerate([text.encode() for text in texts] + ["门".encode()[:2], b""]))
     monkeypatch.setattr(Tokenizer, "token_bytes", lambda _, token: bytes_of.get(token, b""))
     monkeypatch.setattr(Tokenizer, "byte_ids", [])
-    monkeypatch.setattr(Tokenizer, "added_ids", [])
+    monkeypatch.setattr(Tokenizer, "control_ids", [])
 
     def kept(language: str) -> list[str]:
         return [texts[token] for token in of_languages(tokenizer, [language])]

@@ -67,7 +67,7 @@ class DecoderWriter:
         z = self._linear(x, f"{at}.in_proj_z", values, spec.hidden_size)
         decay, beta = self._decay_and_beta(at, x)
         convolved = self._convolve(i, mixed)
-        sizes = graph.constant("split.qk_v", np.array([2 * keys, values], np.int64))
+        sizes = self._ints(2 * keys, values)
         both, value = graph.ops("Split", convolved, sizes, outs=(f"{at}.qk", f"{at}.v"), axis=2)
         query, key = self._unit_queries_and_keys(at, both)
         attended, _ = graph.ops(
@@ -98,16 +98,14 @@ class DecoderWriter:
         graph, spec, at = self.graph, self.spec, f"text.layers.{i}.linear_attn"
         weight = self.weights.tensor(f"{at}.conv1d.weight", spec.conv_channels, 1, spec.conv_kernel)
         kept = spec.conv_kernel - 1
-        time, end = graph.constant("axis.1", np.array([1], np.int64)), graph.constant("end", np.array([END], np.int64))
+        time, end = self._ints(1), self._ints(END)
         rows = graph.op("Concat", f"past.conv.{i}", x, axis=1)
         total = ""
         for k in range(spec.conv_kernel):
-            start, stop = (graph.constant(f"row.{n}", np.array([n], np.int64)) for n in (k, k - kept))
-            seen = graph.op("Slice", rows, start, stop if k < kept else end, time)
+            seen = graph.op("Slice", rows, self._ints(k), self._ints(k - kept) if k < kept else end, time)
             product = graph.op("Mul", seen, graph.constant(f"{at}.conv.{k}", np.ascontiguousarray(weight[:, 0, k])))
             total = graph.op("Add", total, product) if total else product
-        last = graph.constant(f"row.{-kept}", np.array([-kept], np.int64))
-        graph.op("Slice", rows, last, end, time, out=f"present.conv.{i}")
+        graph.op("Slice", rows, self._ints(-kept), end, time, out=f"present.conv.{i}")
         return self._silu(total)
 
     def _decay_and_beta(self, at: str, x: str) -> tuple[str, str]:
@@ -132,12 +130,12 @@ class DecoderWriter:
         heads, size = spec.linear_key_heads, spec.linear_key_dim
         groups = spec.linear_value_heads // heads
         scale = graph.constant("unit_scale", np.full(size, size**-0.5, np.float32))
-        split = graph.op("Reshape", both, self._shape(1, -1, 2 * heads, size))
+        split = graph.op("Reshape", both, self._ints(1, -1, 2 * heads, size))
         unit = graph.op("SimplifiedLayerNormalization", split, scale, axis=-1, epsilon=L2_EPSILON / size)
         if groups > 1:
-            unit = graph.op("Unsqueeze", unit, graph.constant("axis.3", np.array([3], np.int64)))
-            unit = graph.op("Expand", unit, self._shape(1, 1, 1, groups, 1))
-        packed = graph.op("Reshape", unit, self._shape(1, -1, 2 * heads * groups * size))
+            unit = graph.op("Unsqueeze", unit, self._ints(3))
+            unit = graph.op("Expand", unit, self._ints(1, 1, 1, groups, 1))
+        packed = graph.op("Reshape", unit, self._ints(1, -1, 2 * heads * groups * size))
         query, key = graph.ops("Split", packed, outs=(f"{at}.q", f"{at}.k"), axis=2, num_outputs=2)
         return query, key
 
@@ -226,12 +224,13 @@ class DecoderWriter:
     def _norm_heads(self, x: str, scale: str, heads: int, size: int) -> str:
         """RMS norm of each head by itself, [1, T, heads · size]."""
         graph = self.graph
-        x = graph.op("Reshape", x, self._shape(1, -1, heads, size))
+        x = graph.op("Reshape", x, self._ints(1, -1, heads, size))
         x = graph.op("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=self.spec.rms_eps)
-        return graph.op("Reshape", x, self._shape(1, -1, heads * size))
+        return graph.op("Reshape", x, self._ints(1, -1, heads * size))
 
-    def _shape(self, *sides: int) -> str:
-        return self.graph.constant(f"shape.{'.'.join(map(str, sides))}", np.array(sides, np.int64))
+    def _ints(self, *values: int) -> str:
+        """A constant, int64 [n]."""
+        return self.graph.constant(f"ints.{'.'.join(map(str, values))}", np.array(values, np.int64))
 
     def _silu(self, x: str) -> str:
         """x·sigmoid(x); QuickGelu with alpha 1 is that in one operator."""

@@ -79,4 +79,4 @@ class _Written:
 def _always(tokenizer: Tokenizer) -> Iterable[int]:
     """The bytes, which every text can be made of, and control tokens, which end it."""
     yield from tokenizer.byte_ids
-    yield from tokenizer.added_ids
+    yield from tokenizer.control_ids

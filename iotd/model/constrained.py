@@ -54,7 +54,7 @@ class ConstrainedGeneration(Generation):
         return text + self._say([token]) + self._say_forced()
 
     def close(self) -> str:
-        """The rest of the shortest answer from here; nothing where the model has not chosen anything yet."""
+        """A short rest of an answer from here; nothing where the model has not chosen anything yet."""
         return self._append(self._constraint.closing) if self._n_drawn else ""
 
     def _say_forced(self) -> str:

@@ -60,36 +60,27 @@ class Head:
         only: tokens int64 [n] of which alone one will be taken. A token whose logit was not computed has −∞: one that
         is not on the shortlist, and with a coarse head one that is not among those which may have the largest.
         """
-        if (only is not None and len(only) > FEW) or (only is None and self._coarse is None):
-            return self.all(hidden)
+        few = only is not None and len(only) <= FEW
+        if not few and (only is not None or self._coarse is None):
+            return self._all(hidden)
         logits = self._blank(len(hidden))
         for row, state in zip(logits, hidden, strict=True):
-            if only is not None:
-                row[only] = self.some(state, only)
-            elif (found := self._best(state)) is not None:
-                tokens, values = found
-                row[tokens] = values
-            else:
-                self._fill(row[None], state[None])
+            tokens, values = (only, self.some(state, only)) if only is not None else self._likely(state)
+            row[tokens] = values
         return logits
 
-    def all(self, hidden: Floats) -> Floats:
-        """The same, of every token that has a logit."""
+    def _all(self, hidden: Floats) -> Floats:
         if self._ids is None:
             return self._exact.run(hidden)
         logits = self._blank(len(hidden))
-        self._fill(logits, hidden)
+        logits[:, self._ids] = self._exact.run(hidden)
         return logits
 
-    def _best(self, hidden: Floats) -> tuple[Ints, Floats] | None:
-        """The tokens that may have the largest logit, and their logits; None where that cannot be told."""
+    def _likely(self, hidden: Floats) -> tuple[Ints | slice, Floats]:
+        """The tokens that may have the largest logit, all where that cannot be told, and their logits."""
         found = self._coarse.best(hidden) if self._coarse is not None else None
-        if found is None or self._ids is None:
-            return found
-        return self._ids[found[0]], found[1]
-
-    def _fill(self, logits: Floats, hidden: Floats) -> None:
-        logits[:, slice(None) if self._ids is None else self._ids] = self._exact.run(hidden)
+        rows, values = found or (slice(None), self._exact.run(hidden[None])[0])
+        return rows if self._ids is None else self._ids[rows], values
 
     def _blank(self, n_rows: int) -> Floats:
         if len(self._logits) < n_rows:

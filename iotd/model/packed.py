@@ -12,7 +12,6 @@ import logging
 import mmap
 import os
 import platform
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -125,9 +124,10 @@ def _let_go(data: Path) -> None:
     """Pages that were looked at while the graph was opened: what is used comes back, the rest takes no memory."""
     start = stop = 0
     for line in lines(Path("/proc/self/smaps")):
-        if found := re.match("([0-9a-f]+)-([0-9a-f]+) .* (.+)", line):
-            start, stop = (int(found[k], 16) if found[3] == str(data) else 0 for k in (1, 2))
-        elif stop and re.fullmatch("Anonymous: +0 kB", line):  # nothing was written into it that would be lost
+        if not line[0].isupper():  # the line that a mapping begins with
+            addresses = line.partition(" ")[0] if line.endswith(f" {data}") else "0-0"
+            start, stop = (int(address, 16) for address in addresses.split("-"))
+        elif stop and line.startswith("Anonymous:") and line.split()[1] == "0":  # nothing written would be lost
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 

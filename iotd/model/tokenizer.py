@@ -55,11 +55,6 @@ class Tokenizer:
         """The tokens of the 256 bytes, of which every text can be made."""
         return self._byte_ids
 
-    @property
-    def added_ids(self) -> Sequence[int]:
-        """Control tokens."""
-        return list(self._added.values())
-
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text. Control tokens in it are plain characters, unless `special` says they are meant."""
         return self.encode_parts([(text, special)])
