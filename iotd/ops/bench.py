@@ -7,9 +7,11 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +36,7 @@ CAPACITY = max(*PREFILL_TOKENS, *DECODE_CONTEXTS) + MOST_DECODES * DECODE_STEPS
 OURS = "iotd"
 
 Ints = NDArray[np.int64]
+T = TypeVar("T")
 Measure = Callable[[Callable[[], object]], float]
 """What work costs: seconds, or joules."""
 
@@ -97,7 +100,7 @@ def run(
         for name, cost in ((f"prefill {len(ids)}", _prefill), (f"decode at {len(ids)}", _decode)):
             yield figure(f"{name}, {meter.name}", "J/token", cost(model, state, ids, repeat, meter.joules))
     if peers:
-        yield from _in_turn(Ours(model, state), peers, ids.tolist(), repeat)
+        yield from _against(Ours(model, state), peers, ids.tolist(), repeat)
     if model.has_vision:
         for side in IMAGE_SIDES:
             yield figure(f"image {side} × {side}", "s", _encode(model, side, repeat), chart="image encoding", at=side)
@@ -119,27 +122,30 @@ class Ours:
         return Speeds(1 / prefill_s, n_predict / decode_s)
 
 
-def _in_turn(ours: Peer, peers: Sequence[Peer], ids: list[int], repeat: int) -> Iterator[Figure]:
+def in_turn(works: Mapping[str, Callable[[], T]], repeat: int) -> dict[str, list[T]]:
+    """What each gave, so many times, one after the other in each turn; a turn before them warms."""
+    turns = [{name: work() for name, work in works.items()} for _ in range(1 + repeat)][1:]
+    return {name: [turn[name] for turn in turns] for name in works}
+
+
+def _against(ours: Peer, peers: Sequence[Peer], ids: list[int], repeat: int) -> Iterator[Figure]:
     """All read and decode as many tokens, one after the other; how many times faster the package is in each turn."""
 
-    def turn() -> dict[str, Speeds]:
-        found = {}
-        for engine in (ours, *peers):
-            time.sleep(QUIET_S)
-            found[engine.name] = engine.speeds(ids, DECODE_STEPS)
-        return found
+    def measured(engine: Peer) -> Speeds:
+        time.sleep(QUIET_S)
+        return engine.speeds(ids, DECODE_STEPS)
 
-    turns = [turn() for _ in range(1 + repeat)][1:]  # the first one warms
+    found = in_turn({engine.name: partial(measured, engine) for engine in (ours, *peers)}, repeat)
     for what, name in (("prefill", f"prefill {len(ids)}"), ("decode", f"decode at {len(ids)}")):
-        speeds = {engine: [getattr(found[engine], what) for found in turns] for engine in turns[0]}
+        speeds = {engine: [getattr(each, what) for each in own] for engine, own in found.items()}
         for engine, values in speeds.items():
             yield figure(f"{name}, {engine}", "tokens/s", values, engine=engine, chart=f"{name}, in turn")
         for peer in peers:
             ratios = [a / b for a, b in zip(speeds[ours.name], speeds[peer.name], strict=True)]
             yield figure(f"{name}, ratio to {peer.name}", "×", ratios)
     for peer in peers:
-        if peer.pid:
-            yield from _memory(peer.name, peer.name, peer.pid)
+        if pid := peer.pid:
+            yield from _memory(peer.name, peer.name, pid)
 
 
 def _prefill(model: Model, state: State, ids: Ints, repeat: int, measure: Measure = _seconds) -> list[float]:

@@ -6,12 +6,13 @@ Random weights quote nothing: the words of the first kind of answer are given, a
 import json
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from iotd.events import Format, Sampling
 from iotd.model import Model, State
 from iotd.model.generation import Generation
-from iotd.ops.bench import OURS, Figure, figure
+from iotd.ops.bench import OURS, Figure, figure, in_turn
 from iotd.ops.peers import LlamaServer
 
 CONTEXT_TOKENS = 400
@@ -53,10 +54,10 @@ def run(package: Path, *, threads: int, repeat: int, peers: Sequence[LlamaServer
         base.copy_into(state)
         return _quoted(model, state, quote, said)
 
-    turns = [(quoted(None), quoted(ids)) for _ in range(1 + repeat)][1:]  # the first one warms
-    yield figure("quoting, word by word", "tokens/s", [plain for plain, _ in turns])
-    yield figure("quoting, guessed", "tokens/s", [guessed for _, guessed in turns])
-    yield figure("so many times faster", "×", [guessed / plain for plain, guessed in turns])
+    speeds = in_turn({"word by word": partial(quoted, None), "guessed": partial(quoted, ids)}, repeat)
+    for how, own in speeds.items():
+        yield figure(f"quoting, {how}", "tokens/s", own)
+    yield figure("so many times faster", "×", [b / a for a, b in zip(*speeds.values(), strict=True)])
     yield from _schema(model, base, state, ids, repeat, peers)
 
 
@@ -67,19 +68,20 @@ def _schema(
         base.copy_into(state)
         return _written(model, state, ids[-1])
 
-    writers = {OURS: ours} | {peer.name: lambda peer=peer: peer.json_speed(ids, SCHEMA, MAX_TOKENS) for peer in peers}
-    turns = [{name: write() for name, write in writers.items()} for _ in range(1 + repeat)][1:]
-    for name in writers:
-        yield figure(f"JSON under a schema, {name}", "characters/s", [turn[name] for turn in turns], engine=name)
+    writers = {OURS: ours} | {peer.name: partial(peer.json_speed, ids, SCHEMA, MAX_TOKENS) for peer in peers}
+    speeds = in_turn(writers, repeat)
+    for name, own in speeds.items():
+        yield figure(f"JSON under a schema, {name}", "characters/s", own, engine=name)
     for name in [*writers][1:]:
-        yield figure(f"so many times faster than {name}", "×", [turn[OURS] / turn[name] for turn in turns])
+        ratios = [a / b for a, b in zip(speeds[OURS], speeds[name], strict=True)]
+        yield figure(f"so many times faster than {name}", "×", ratios)
 
 
 def _quoted(model: Model, state: State, quote: list[int], said: list[int] | None) -> float:
     logits = model.step(state, quote[0]).copy()
     generation = model.generation(state, logits, Sampling(temperature=0.0, max_tokens=len(quote)), said=said)
     generation._sampler = _Given(quote)  # type: ignore[assignment]
-    return len(quote) / _finish(generation)
+    return len(quote) / _finished(generation)[1]
 
 
 def _written(model: Model, state: State, last: int) -> float:
@@ -87,18 +89,16 @@ def _written(model: Model, state: State, last: int) -> float:
     logits = model.prefill(state, [last], only=constraint.allowed())
     sampling = Sampling(temperature=0.0, max_tokens=MAX_TOKENS)
     generation = model.generation(state, logits, sampling, constraint=constraint)
-    texts: list[str] = []
-    took_s = _finish(generation, texts)
-    return len("".join(texts)) / took_s
+    text, took_s = _finished(generation)
+    return len(text) / took_s
 
 
-def _finish(generation: Generation, texts: list[str] | None = None) -> float:
-    began_s = time.perf_counter()
+def _finished(generation: Generation) -> tuple[str, float]:
+    """Its text, and the seconds that it took."""
+    text, began_s = "", time.perf_counter()
     while not generation.done:
-        text = generation.step()
-        if texts is not None:
-            texts.append(text)
-    return time.perf_counter() - began_s
+        text += generation.step()
+    return text, time.perf_counter() - began_s
 
 
 class _Given:

@@ -17,7 +17,7 @@ from iotd.errors import Unavailable
 from iotd.events import AnswerEvent, Ask, Done, Failed, Reading, Sampling
 from iotd.model import Model
 from iotd.ops import board
-from iotd.ops.bench import OURS, Figure, figure
+from iotd.ops.bench import OURS, Figure, figure, in_turn
 from iotd.ops.peers import LlamaServer
 
 WINDOW = 2048
@@ -46,8 +46,7 @@ def run(
             n_read = _fill(engine, length, n_read)
             asks = {OURS: partial(_first_token_s, engine, question)}
             asks |= {peer.name: partial(_PeerAsker(peer, model, length).first_token_s) for peer in peers}
-            turns = [{name: ask() for name, ask in asks.items()} for _ in range(1 + repeat)][1:]  # the first one warms
-            first_s = {name: [turn[name] for turn in turns] for name in asks}
+            first_s = in_turn(asks, repeat)
             tokens = engine.status().context_tokens
             own = figure(f"first token over {tokens}", "s", first_s[OURS], chart=CHART, at=length)
             medians.append(own.median)
