@@ -18,6 +18,7 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_BUDGET: _ClassVar[FinishReason]
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
+    FINISH_REASON_REPETITION: _ClassVar[FinishReason]
 
 class ServingState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -30,6 +31,7 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_BUDGET: FinishReason
 FINISH_REASON_CANCELLED: FinishReason
+FINISH_REASON_REPETITION: FinishReason
 SERVING_STATE_UNSPECIFIED: ServingState
 SERVING_STATE_LOADING: ServingState
 SERVING_STATE_SERVING: ServingState
@@ -104,18 +106,36 @@ class AskEvent(_message.Message):
     def __init__(self, accepted: _Optional[_Union[AskAccepted, _Mapping]] = ..., delta: _Optional[_Union[AskDelta, _Mapping]] = ..., done: _Optional[_Union[AskDone, _Mapping]] = ...) -> None: ...
 
 class AskAccepted(_message.Message):
-    __slots__ = ("request_id", "queue_position")
+    __slots__ = ("request_id", "queue_position", "plan")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     QUEUE_POSITION_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     queue_position: int
-    def __init__(self, request_id: _Optional[str] = ..., queue_position: _Optional[int] = ...) -> None: ...
+    plan: Plan
+    def __init__(self, request_id: _Optional[str] = ..., queue_position: _Optional[int] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ...) -> None: ...
+
+class Plan(_message.Message):
+    __slots__ = ("answer_tokens", "reserved_tokens", "thinking_tokens", "image_tokens", "predicted")
+    ANSWER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    THINKING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_FIELD_NUMBER: _ClassVar[int]
+    answer_tokens: int
+    reserved_tokens: int
+    thinking_tokens: int
+    image_tokens: int
+    predicted: Timings
+    def __init__(self, answer_tokens: _Optional[int] = ..., reserved_tokens: _Optional[int] = ..., thinking_tokens: _Optional[int] = ..., image_tokens: _Optional[int] = ..., predicted: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class AskDelta(_message.Message):
-    __slots__ = ("text",)
+    __slots__ = ("text", "thought")
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    THOUGHT_FIELD_NUMBER: _ClassVar[int]
     text: str
-    def __init__(self, text: _Optional[str] = ...) -> None: ...
+    thought: bool
+    def __init__(self, text: _Optional[str] = ..., thought: bool = ...) -> None: ...
 
 class AskDone(_message.Message):
     __slots__ = ("finish_reason", "usage", "timings", "session")
@@ -128,6 +148,56 @@ class AskDone(_message.Message):
     timings: Timings
     session: str
     def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., session: _Optional[str] = ...) -> None: ...
+
+class ClassifyRequest(_message.Message):
+    __slots__ = ("question", "labels", "images", "camera", "budget", "use_context", "exact_readings", "sensors", "length_normalized", "none_of_these", "temperature")
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    CAMERA_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    USE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    EXACT_READINGS_FIELD_NUMBER: _ClassVar[int]
+    SENSORS_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_NORMALIZED_FIELD_NUMBER: _ClassVar[int]
+    NONE_OF_THESE_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    question: str
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    images: _containers.RepeatedScalarFieldContainer[bytes]
+    camera: str
+    budget: _duration_pb2.Duration
+    use_context: bool
+    exact_readings: bool
+    sensors: _containers.RepeatedScalarFieldContainer[str]
+    length_normalized: bool
+    none_of_these: bool
+    temperature: float
+    def __init__(self, question: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., images: _Optional[_Iterable[bytes]] = ..., camera: _Optional[str] = ..., budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., use_context: bool = ..., exact_readings: bool = ..., sensors: _Optional[_Iterable[str]] = ..., length_normalized: bool = ..., none_of_these: bool = ..., temperature: _Optional[float] = ...) -> None: ...
+
+class ClassifyResponse(_message.Message):
+    __slots__ = ("labels", "none_probability", "request_id", "usage", "timings")
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    NONE_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    labels: _containers.RepeatedCompositeFieldContainer[LabelProbability]
+    none_probability: float
+    request_id: str
+    usage: Usage
+    timings: Timings
+    def __init__(self, labels: _Optional[_Iterable[_Union[LabelProbability, _Mapping]]] = ..., none_probability: _Optional[float] = ..., request_id: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+
+class LabelProbability(_message.Message):
+    __slots__ = ("label", "probability", "log_probability")
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    LOG_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    label: str
+    probability: float
+    log_probability: float
+    def __init__(self, label: _Optional[str] = ..., probability: _Optional[float] = ..., log_probability: _Optional[float] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("context_tokens", "prompt_tokens", "image_tokens", "generation_tokens")
@@ -162,7 +232,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "model", "state", "uptime", "context", "queue_depth", "backlog", "state_bytes", "resident_memory_bytes", "mqtt", "counters", "sessions", "recent_answers", "soc_temperature_celsius", "forks_in_use", "readings_by_sensor", "cameras")
+    __slots__ = ("version", "model", "state", "uptime", "context", "queue_depth", "backlog", "state_bytes", "resident_memory_bytes", "mqtt", "counters", "sessions", "recent_answers", "soc_temperature_celsius", "forks_in_use", "readings_by_sensor", "cameras", "costs")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +264,7 @@ class GetStatusResponse(_message.Message):
     FORKS_IN_USE_FIELD_NUMBER: _ClassVar[int]
     READINGS_BY_SENSOR_FIELD_NUMBER: _ClassVar[int]
     CAMERAS_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: str
     state: ServingState
@@ -211,7 +282,30 @@ class GetStatusResponse(_message.Message):
     forks_in_use: int
     readings_by_sensor: _containers.ScalarMap[str, int]
     cameras: _containers.RepeatedCompositeFieldContainer[CameraStatus]
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., context: _Optional[_Union[ContextStatus, _Mapping]] = ..., queue_depth: _Optional[int] = ..., backlog: _Optional[int] = ..., state_bytes: _Optional[int] = ..., resident_memory_bytes: _Optional[int] = ..., mqtt: _Optional[_Union[MqttStatus, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[int] = ..., recent_answers: _Optional[_Iterable[_Union[AnswerSummary, _Mapping]]] = ..., soc_temperature_celsius: _Optional[float] = ..., forks_in_use: _Optional[int] = ..., readings_by_sensor: _Optional[_Mapping[str, int]] = ..., cameras: _Optional[_Iterable[_Union[CameraStatus, _Mapping]]] = ...) -> None: ...
+    costs: CostStatus
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., context: _Optional[_Union[ContextStatus, _Mapping]] = ..., queue_depth: _Optional[int] = ..., backlog: _Optional[int] = ..., state_bytes: _Optional[int] = ..., resident_memory_bytes: _Optional[int] = ..., mqtt: _Optional[_Union[MqttStatus, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[int] = ..., recent_answers: _Optional[_Iterable[_Union[AnswerSummary, _Mapping]]] = ..., soc_temperature_celsius: _Optional[float] = ..., forks_in_use: _Optional[int] = ..., readings_by_sensor: _Optional[_Mapping[str, int]] = ..., cameras: _Optional[_Iterable[_Union[CameraStatus, _Mapping]]] = ..., costs: _Optional[_Union[CostStatus, _Mapping]] = ...) -> None: ...
+
+class CostStatus(_message.Message):
+    __slots__ = ("fork", "prefill_run", "prefill_token", "decode_token", "slow_decode_token", "image_token", "predictions", "median_error", "high_error")
+    FORK_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_RUN_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    DECODE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SLOW_DECODE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
+    MEDIAN_ERROR_FIELD_NUMBER: _ClassVar[int]
+    HIGH_ERROR_FIELD_NUMBER: _ClassVar[int]
+    fork: _duration_pb2.Duration
+    prefill_run: _duration_pb2.Duration
+    prefill_token: _duration_pb2.Duration
+    decode_token: _duration_pb2.Duration
+    slow_decode_token: _duration_pb2.Duration
+    image_token: _duration_pb2.Duration
+    predictions: int
+    median_error: float
+    high_error: float
+    def __init__(self, fork: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prefill_run: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prefill_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., slow_decode_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., image_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., predictions: _Optional[int] = ..., median_error: _Optional[float] = ..., high_error: _Optional[float] = ...) -> None: ...
 
 class CameraStatus(_message.Message):
     __slots__ = ("camera", "newest_frame_time", "frames", "replaced_frames", "refused_frames")
@@ -228,18 +322,20 @@ class CameraStatus(_message.Message):
     def __init__(self, camera: _Optional[str] = ..., newest_frame_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., frames: _Optional[int] = ..., replaced_frames: _Optional[int] = ..., refused_frames: _Optional[int] = ...) -> None: ...
 
 class AnswerSummary(_message.Message):
-    __slots__ = ("request_id", "outcome", "budget", "usage", "timings")
+    __slots__ = ("request_id", "outcome", "budget", "usage", "timings", "predicted")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     BUDGET_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     outcome: str
     budget: _duration_pb2.Duration
     usage: Usage
     timings: Timings
-    def __init__(self, request_id: _Optional[str] = ..., outcome: _Optional[str] = ..., budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    predicted: _duration_pb2.Duration
+    def __init__(self, request_id: _Optional[str] = ..., outcome: _Optional[str] = ..., budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., predicted: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class ContextStatus(_message.Message):
     __slots__ = ("tokens", "window_tokens", "oldest_event_time", "newest_event_time")

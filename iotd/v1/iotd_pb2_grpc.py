@@ -43,6 +43,11 @@ class IotdStub(object):
                 request_serializer=iotd_dot_v1_dot_iotd__pb2.AskRequest.SerializeToString,
                 response_deserializer=iotd_dot_v1_dot_iotd__pb2.AskEvent.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/iotd.v1.Iotd/Classify',
+                request_serializer=iotd_dot_v1_dot_iotd__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=iotd_dot_v1_dot_iotd__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/iotd.v1.Iotd/GetStatus',
                 request_serializer=iotd_dot_v1_dot_iotd__pb2.GetStatusRequest.SerializeToString,
@@ -64,8 +69,18 @@ class IotdServicer(object):
         own gRPC deadline, whichever is sooner; both count from the arrival of the request. Cancelling the call stops the
         model within one token.
 
-        INVALID_ARGUMENT: a field cannot be used. NOT_FOUND: an unknown camera or session. RESOURCE_EXHAUSTED: the queue is full.
-        UNAVAILABLE: loading or draining. DEADLINE_EXCEEDED: the budget ended before the first piece.
+        INVALID_ARGUMENT: a field cannot be used. NOT_FOUND: an unknown camera or session. RESOURCE_EXHAUSTED: the queue is full,
+        or no useful answer fits into the budget; ErrorInfo's metadata then have `neededSeconds`, the budget with which it would
+        have been accepted. UNAVAILABLE: loading or draining. DEADLINE_EXCEEDED: the budget ended before the first piece.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Classify(self, request, context):
+        """Tells how probable each of a few answers is, from reading the question alone: nothing is generated.
+
+        Deadline and errors are those of Ask.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,6 +100,11 @@ def add_IotdServicer_to_server(servicer, server):
                     servicer.Ask,
                     request_deserializer=iotd_dot_v1_dot_iotd__pb2.AskRequest.FromString,
                     response_serializer=iotd_dot_v1_dot_iotd__pb2.AskEvent.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=iotd_dot_v1_dot_iotd__pb2.ClassifyRequest.FromString,
+                    response_serializer=iotd_dot_v1_dot_iotd__pb2.ClassifyResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -123,6 +143,33 @@ class Iotd(object):
             '/iotd.v1.Iotd/Ask',
             iotd_dot_v1_dot_iotd__pb2.AskRequest.SerializeToString,
             iotd_dot_v1_dot_iotd__pb2.AskEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/iotd.v1.Iotd/Classify',
+            iotd_dot_v1_dot_iotd__pb2.ClassifyRequest.SerializeToString,
+            iotd_dot_v1_dot_iotd__pb2.ClassifyResponse.FromString,
             options,
             channel_credentials,
             insecure,
