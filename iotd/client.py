@@ -30,10 +30,12 @@ from iotd.events import (
     Accepted,
     Answered,
     CameraStatus,
+    CostStatus,
     Done,
     EngineStatus,
     FinishReason,
     LinkStatus,
+    Plan,
     ServerStatus,
     ServingState,
     Timings,
@@ -139,7 +141,7 @@ class _Stream:
     def _take(self, event: iotd_pb2.AskEvent) -> str:
         match event.WhichOneof("event"):
             case "accepted":
-                self.accepted = Accepted(event.accepted.request_id, event.accepted.queue_position)
+                self.accepted = _accepted(event.accepted)
             case "delta":
                 self._pieces.append(event.delta.text)
                 return event.delta.text
@@ -392,6 +394,12 @@ def _content(path: PemFile) -> bytes:
         raise errors.InvalidInput(f"{path} cannot be read: {error.strerror}") from error
 
 
+def _accepted(accepted: iotd_pb2.AskAccepted) -> Accepted:
+    plan = accepted.plan
+    tokens = plan.answer_tokens, plan.reserved_tokens, plan.thinking_tokens, plan.image_tokens
+    return Accepted(accepted.request_id, accepted.queue_position, Plan(*tokens, _timings(plan.predicted)))
+
+
 def _done(done: iotd_pb2.AskDone) -> Done:
     return Done(
         _FINISH_REASONS.get(done.finish_reason, FinishReason.STOP),
@@ -418,7 +426,22 @@ def _timings(timings: iotd_pb2.Timings) -> Timings:
 
 def _answered(answer: iotd_pb2.AnswerSummary) -> Answered:
     usage, timings = _usage(answer.usage), _timings(answer.timings)
-    return Answered(answer.request_id, answer.outcome, _seconds(answer.budget), usage, timings)
+    budget_s, predicted_s = _seconds(answer.budget), _seconds(answer.predicted)
+    return Answered(answer.request_id, answer.outcome, budget_s, usage, timings, predicted_s)
+
+
+def _costs(costs: iotd_pb2.CostStatus) -> CostStatus:
+    return CostStatus(
+        fork_s=_seconds(costs.fork),
+        prefill_run_s=_seconds(costs.prefill_run),
+        prefill_token_s=_seconds(costs.prefill_token),
+        decode_token_s=_seconds(costs.decode_token),
+        slow_decode_token_s=_seconds(costs.slow_decode_token),
+        image_token_s=_seconds(costs.image_token),
+        predictions=costs.predictions,
+        median_error=costs.median_error,
+        high_error=costs.high_error,
+    )
 
 
 # A number that a newer server sends and this client does not know falls back to the first of each kind.
@@ -444,6 +467,7 @@ def _status(response: iotd_pb2.GetStatusResponse) -> ServerStatus:
         cameras=tuple(map(_camera, response.cameras)),
         recent=tuple(map(_answered, response.recent_answers)),
         counters=dict(response.counters),
+        costs=_costs(response.costs),
     )
     link = _link(response.mqtt) if response.HasField("mqtt") else None
     temperature_c = response.soc_temperature_celsius if response.HasField("soc_temperature_celsius") else None
@@ -494,7 +518,9 @@ def _named_error(status: Status) -> errors.IotdError:
     if bad_request.field_violations:
         return errors.InvalidInput(message, field=bad_request.field_violations[0].field)
     if reason == errors.Overloaded.reason:
-        return errors.Overloaded(message, retry_after_s=_seconds(retry.retry_delay))
+        needed = info.metadata.get("neededSeconds")
+        needed_s = float(needed) if needed else None
+        return errors.Overloaded(message, retry_after_s=_seconds(retry.retry_delay), needed_s=needed_s)
     if reason == errors.Unavailable.reason:
         return errors.Unavailable(message, retry_after_s=_seconds(retry.retry_delay))
     return _KINDS.get(reason, errors.Internal)(message)

@@ -79,14 +79,18 @@ class SnapshotError(IotdError):
 
 
 class Overloaded(IotdError):
-    """The queue is full, or no answer is possible inside the budget. Try again after `retry_after_s` seconds."""
+    """The queue is full, or no useful answer fits into the budget. Try again after `retry_after_s` seconds.
+
+    `needed_s`: the budget with which it would have been accepted; None where the queue is full.
+    """
 
     code = "RESOURCE_EXHAUSTED"
     reason = "OVERLOADED"
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, needed_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.needed_s = needed_s
 
 
 class Unavailable(IotdError):

@@ -113,6 +113,8 @@ class FinishReason(Enum):
     """The deadline came with some answer already given."""
     CANCELLED = "cancelled"
     """The caller went away."""
+    REPETITION = "repetition"
+    """The answer went round in circles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +144,28 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """How an answer is to fit into its budget."""
+
+    answer_tokens: int = 0
+    """That there is time for as things stand, thoughts not counted: `max_tokens` at most."""
+    reserved_tokens: int = 0
+    """Of these, those that are kept for it whatever else is asked meanwhile."""
+    thinking_tokens: int = 0
+    """That there is time for besides."""
+    image_tokens: int = 0
+    predicted: Timings = Timings()
+    """What it takes to be ready with all these tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class Accepted:
     """The ask is in the queue."""
 
     request_id: str
     queue_position: int
     """Asks in front of this one, the running one included."""
+    plan: Plan = Plan()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +173,8 @@ class Delta:
     """A piece of the answer: valid UTF-8, never a part of a character."""
 
     text: str
+    thought: bool = False
+    """It is a piece of the model's thoughts, which come before its answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +206,8 @@ class Answered:
     usage: Usage
     timings: Timings
     """All 0 where it failed."""
+    predicted_s: float = 0.0
+    """What the whole was predicted to take, from its arrival, for as many tokens as it came to; 0 where it failed."""
 
 
 AnswerEvent = Accepted | Delta | Done | Failed
@@ -207,6 +229,28 @@ class CameraStatus:
     """Frames that were not read as a newer one took their place."""
     refused: int
     """Frames that were not read as they do not fit into the context."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostStatus:
+    """What work takes on this machine, as plans are made with it; tokens at the context's present length."""
+
+    fork_s: float = 0.0
+    prefill_run_s: float = 0.0
+    """Each run that reads tokens, besides the tokens themselves."""
+    prefill_token_s: float = 0.0
+    decode_token_s: float = 0.0
+    """The median."""
+    slow_decode_token_s: float = 0.0
+    """95 of 100 take less."""
+    image_token_s: float = 0.0
+    """An image, for each of its tokens; 0 where none was encoded."""
+    predictions: int = 0
+    """Asks that ended of late, whose times the next two are about."""
+    median_error: float = 0.0
+    """How far the predicted time of a whole answer was off what it took, as a part of that."""
+    high_error: float = 0.0
+    """The same: 95 of 100 were off by less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +282,7 @@ class EngineStatus:
     counters: dict[str, int]
     """Monotonic counts since start: readings, frames, dropped_readings, dropped_frames, context_swaps, asks,
     prompt_tokens, generation_tokens, and so on."""
+    costs: CostStatus = CostStatus()
 
 
 @dataclass(frozen=True, slots=True)

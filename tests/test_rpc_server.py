@@ -151,7 +151,7 @@ def test_reflection_tells_the_services_and_their_fields() -> None:
         services = set(known.get_services())
         file = known.FindFileContainingSymbol("iotd.v1.Iotd")
     assert services >= {"iotd.v1.Iotd", "grpc.health.v1.Health"}
-    assert [method.name for method in file.service[0].method] == ["Ask", "GetStatus"]
+    assert [method.name for method in file.service[0].method] == ["Ask", "Classify", "GetStatus"]
 
 
 def test_reflection_can_be_turned_off() -> None:

@@ -15,7 +15,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from iotd.errors import ContextOverflow, Internal, InvalidInput, IotdError
+from iotd.errors import ContextOverflow, Internal, InvalidInput, IotdError, Overloaded
 from iotd.rpc.times import duration
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,8 @@ def _message(error: IotdError) -> str:
 def _metadata(error: IotdError) -> dict[str, str]:
     if isinstance(error, ContextOverflow):
         return {"neededTokens": str(error.needed), "availableTokens": str(error.available)}
+    if isinstance(error, Overloaded) and error.needed_s is not None:
+        return {"neededSeconds": f"{error.needed_s:.6f}"}
     return {}
 
 

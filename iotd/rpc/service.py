@@ -16,7 +16,7 @@ from iotd.events import RGB, Accepted, AnswerEvent, Delta, Done, Failed, ServerS
 from iotd.rpc import request as requests
 from iotd.rpc.errors import errors_as_status
 from iotd.rpc.mailbox import Mailbox
-from iotd.rpc.status import to_response, to_timings, to_usage
+from iotd.rpc.status import to_plan, to_response, to_timings, to_usage
 from iotd.v1 import iotd_pb2, iotd_pb2_grpc
 
 MAX_OPEN_ASKS = 64
@@ -161,8 +161,8 @@ async def _deliver(mailbox: Mailbox, context: AskContext, deadline_s: float) -> 
         async with _ends_by(deadline_s + STUCK_S, "the engine did not end the answer in time"):
             event = await mailbox.get()
         match event:
-            case Delta(text):
-                await context.write(iotd_pb2.AskEvent(delta=iotd_pb2.AskDelta(text=text)))
+            case Delta(text, thought):
+                await context.write(iotd_pb2.AskEvent(delta=iotd_pb2.AskDelta(text=text, thought=thought)))
             case Done() as done:
                 await context.write(_done_event(done))
                 return
@@ -182,7 +182,9 @@ async def _ends_by(time_s: float, otherwise: str) -> AsyncIterator[None]:
 
 def _accepted_event(accepted: Accepted) -> iotd_pb2.AskEvent:
     return iotd_pb2.AskEvent(
-        accepted=iotd_pb2.AskAccepted(request_id=accepted.request_id, queue_position=accepted.queue_position)
+        accepted=iotd_pb2.AskAccepted(
+            request_id=accepted.request_id, queue_position=accepted.queue_position, plan=to_plan(accepted.plan)
+        )
     )
 
 

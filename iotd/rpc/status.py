@@ -2,7 +2,17 @@
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from iotd.events import Answered, CameraStatus, EngineStatus, LinkStatus, ServerStatus, Timings, Usage
+from iotd.events import (
+    Answered,
+    CameraStatus,
+    CostStatus,
+    EngineStatus,
+    LinkStatus,
+    Plan,
+    ServerStatus,
+    Timings,
+    Usage,
+)
 from iotd.rpc.times import duration
 from iotd.v1 import iotd_pb2
 
@@ -24,6 +34,7 @@ def to_response(status: ServerStatus) -> iotd_pb2.GetStatusResponse:
         readings_by_sensor=engine.readings,
         cameras=map(_camera, engine.cameras),
         recent_answers=map(_answered, engine.recent),
+        costs=_costs(engine.costs),
         soc_temperature_celsius=status.temperature_c,
         resident_memory_bytes=status.resident_nbytes,
         mqtt=_mqtt(status.link) if status.link else None,
@@ -37,6 +48,16 @@ def to_usage(usage: Usage) -> iotd_pb2.Usage:
         prompt_tokens=usage.prompt_tokens,
         image_tokens=usage.image_tokens,
         generation_tokens=usage.generation_tokens,
+    )
+
+
+def to_plan(plan: Plan) -> iotd_pb2.Plan:
+    return iotd_pb2.Plan(
+        answer_tokens=plan.answer_tokens,
+        reserved_tokens=plan.reserved_tokens,
+        thinking_tokens=plan.thinking_tokens,
+        image_tokens=plan.image_tokens,
+        predicted=to_timings(plan.predicted),
     )
 
 
@@ -58,6 +79,21 @@ def _answered(answer: Answered) -> iotd_pb2.AnswerSummary:
         budget=duration(answer.budget_s),
         usage=to_usage(answer.usage),
         timings=to_timings(answer.timings) if answer.timings.total_s else None,
+        predicted=duration(answer.predicted_s) if answer.predicted_s else None,
+    )
+
+
+def _costs(costs: CostStatus) -> iotd_pb2.CostStatus:
+    return iotd_pb2.CostStatus(
+        fork=duration(costs.fork_s),
+        prefill_run=duration(costs.prefill_run_s),
+        prefill_token=duration(costs.prefill_token_s),
+        decode_token=duration(costs.decode_token_s),
+        slow_decode_token=duration(costs.slow_decode_token_s),
+        image_token=duration(costs.image_token_s) if costs.image_token_s else None,
+        predictions=costs.predictions,
+        median_error=costs.median_error,
+        high_error=costs.high_error,
     )
 
 
