@@ -27,7 +27,7 @@ from iotd.ingest import decode_image
 from iotd.model import Model
 from iotd.mqtt import Link
 from iotd.mqtt.probe import probe
-from iotd.ops import board, logs, preflight, snapshots
+from iotd.ops import board, logs, measured, preflight, snapshots
 from iotd.ops.metrics import Metrics
 from iotd.ops.systemd import Notifier
 from iotd.rpc import Server
@@ -177,9 +177,12 @@ class Daemon:
     def _load(self, loop: asyncio.AbstractEventLoop, result: "asyncio.Future[Engine]") -> None:
         try:
             engine = open_engine(self._config, self._metrics.answered)
+            kept = self._kept(engine)
+            engine.recall(measured.load(*kept))
             if self._config.snapshot.path:
                 engine.restore(functools.partial(snapshots.load, Path(self._config.snapshot.path)))
             engine.start()
+            measured.save(engine.costs.pack(), *kept)
         except BaseException as e:  # noqa: BLE001 - the edge of a thread: whoever waits for the result raises it again
             outcome = functools.partial(result.set_exception, e)
         else:
@@ -187,6 +190,11 @@ class Daemon:
         self.loading = False
         if not loop.is_closed():
             loop.call_soon_threadsafe(outcome)
+
+    def _kept(self, engine: Engine) -> tuple[str, ...]:
+        """What measurements of this engine depend on."""
+        model = self._config.model
+        return engine.fingerprint, str(threads(self._config)), str(model.spinning), str(model.affinity), model.head
 
     async def _next_signal(
         self, timeout_s: float, other: "asyncio.Future[Engine] | None" = None
@@ -302,6 +310,7 @@ class Daemon:
         self._server.set_serving(False)
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop, DRAIN_S, self._write())
+            measured.save(self._engine.costs.pack(), *self._kept(self._engine))
         if self._link is not None:
             await asyncio.to_thread(self._link.stop)
         await self._server.stop(GRACE_S)

@@ -66,8 +66,8 @@ class ContextConfig(_Section, frozen=True):
 
 
 class AskConfig(_Section, frozen=True):
-    queue: Count = 8
-    """Asks waiting; one more is refused with RESOURCE_EXHAUSTED."""
+    queue: Count = 32
+    """Asks waiting; one more is refused with RESOURCE_EXHAUSTED, as is one that does not fit between them."""
     budget_s: Budget = 30.0
     """Budget of an ask that brings none."""
     max_budget_s: Budget = 600.0
@@ -83,6 +83,9 @@ class AskConfig(_Section, frozen=True):
     """Memory of all conversations that are kept, each of which takes a whole state; the one unused for longest makes
     way. 0 keeps none."""
     max_images: Annotated[int, msgspec.Meta(ge=0, le=64)] = 4
+    tell_length: bool = True
+    """Tell the model how many words there is time for, where these are few: a line behind the question. For models that
+    heed it."""
     drafting: bool = False
     """Guess at the words of an answer from the readings it may quote, and read several at once where the guess is
     right: twice as fast for long quotations on the 0.8B, of no use for short answers. Takes one more recurrent state

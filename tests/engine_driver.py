@@ -58,7 +58,7 @@ class DrivenEngine(Engine):
         if getattr(self.model, "on_run", None) is FakeModel.silent:
             self.model.on_run = self.clock.charge
         context = {"window": 256, "system": SYSTEM, "chunk_tokens": 32, "backlog": 64}
-        ask = {"queue": 8, "reserve_tokens": 256}
+        ask = {"queue": 8, "reserve_tokens": 256, "tell_length": False}
         context |= {key: value for key, value in settings.items() if key in ContextConfig.__struct_fields__}
         ask |= {key: value for key, value in settings.items() if key in AskConfig.__struct_fields__}
         super().__init__(self.model, ContextConfig(**context), AskConfig(**ask), clock=self.clock)  # type: ignore[arg-type]

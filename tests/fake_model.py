@@ -56,6 +56,9 @@ class FakeState:
     def reset(self) -> None:
         self.trace.clear()
 
+    def skip(self, n_tokens: int) -> None:
+        self.trace += [0] * n_tokens
+
     def copy_into(self, other: "FakeState") -> None:
         other.trace[:] = self.trace
         other.lender = None
@@ -124,6 +127,9 @@ class FakeTokenizer:
     def push(self, token: int) -> str:
         return chr(token)
 
+    def peek(self, tokens: Iterable[int]) -> str:
+        return "".join(map(chr, tokens))
+
     def flush(self) -> str:
         return ""
 
@@ -176,6 +182,9 @@ class FakeModel:
 
     def image_tokens(self, grid: tuple[int, int, int]) -> int:
         return grid[0] * grid[1] * grid[2]
+
+    def close_vision(self) -> None:
+        pass
 
     def encode_image(self, rgb: RGB) -> Floats:
         _, rows, columns = self.image_grid(rgb.shape)

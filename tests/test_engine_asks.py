@@ -13,7 +13,7 @@ from fake_model import CONTROLS, FakeModel
 from iotd.config import AskConfig
 from iotd.engine.answer import Answer
 from iotd.engine.context import SLACK_TOKENS
-from iotd.engine.worker import MOST_OWED_S, READING_SHARE, URGENT_S
+from iotd.engine.worker import MOST_OWED_S, READING_SHARE
 from iotd.errors import (
     ContextOverflow,
     DeadlineExceeded,
@@ -35,6 +35,9 @@ def costly(**settings: object) -> DrivenEngine:
     """An engine whose model takes time on the manual clock."""
     engine = DrivenEngine(**settings)
     engine.clock.costs_s = {"prefill": PREFILL_S, "place": PREFILL_S, "step": STEP_S, "encode": ENCODE_S}
+    before_s = engine.clock()
+    engine._calibrate()
+    engine.clock.now_s = engine.costs.busy_until_s = before_s
     return engine
 
 
@@ -96,7 +99,7 @@ def test_without_the_context_only_the_system_prompt_is_before_the_question() -> 
 def test_thinking_changes_how_the_turn_closes() -> None:
     engine = DrivenEngine()
     prompt = [*b"how?", CLOSE, THINK]
-    assert engine.answer(thinking=True) == greedy(engine.model, engine, prompt, 4)
+    assert engine.answer(thinking=True, max_tokens=64) == greedy(engine.model, engine, prompt, 64)
 
 
 def test_control_tokens_in_a_question_stay_text() -> None:
@@ -153,9 +156,9 @@ def test_a_question_that_does_not_fit_fails_before_anything_runs() -> None:
     engine = DrivenEngine(window=256, reserve_tokens=64)
     runs: list[str] = []
     engine.model.on_run = lambda what, n_tokens: runs.append(what)
-    sink, _ = engine.ask("x" * 400, images=(image(),))
+    with pytest.raises(ContextOverflow):
+        engine.ask("x" * 400, images=(image(),))
     engine.settle()
-    assert isinstance(error(sink), ContextOverflow)
     assert runs == []
 
 
@@ -170,25 +173,26 @@ def test_what_fits_in_the_reserve_always_fits() -> None:
 
 
 @pytest.mark.parametrize("budget_s", [0.05, 0.3, 0.5, 0.777, 1.0, 2.0])
-def test_no_ask_overruns_its_deadline_by_more_than_one_unit(budget_s: float) -> None:
+def test_an_ask_is_refused_at_once_or_answered_in_time(budget_s: float) -> None:
     engine = costly(chunk_tokens=8)
-    sink, _ = engine.ask("what is it like?", budget_s, images=(image(),), max_tokens=1000)
+    sink = Sink()
+    try:
+        sink, _ = engine.ask("what is it like?", budget_s, images=(image(),), max_tokens=1000)
+    except Overloaded as refusal:
+        assert refusal.needed_s is not None and refusal.needed_s > budget_s
+        return
     engine.settle()
-    longest_s = max(8 * PREFILL_S, STEP_S, 16 * ENCODE_S)
-    assert engine.clock() - 1000.0 < budget_s + longest_s
-    if sink.text:
-        assert reason(sink) is FinishReason.BUDGET
-    else:
-        assert isinstance(error(sink), DeadlineExceeded)
+    assert engine.clock() - 1000.0 <= budget_s
+    assert reason(sink) is FinishReason.BUDGET
 
 
-def test_once_it_speaks_an_ask_ends_within_one_step_of_its_deadline() -> None:
+def test_once_it_speaks_an_ask_ends_by_its_deadline_and_not_a_step_before() -> None:
     engine = costly()
     sink, _ = engine.ask(budget_s=1.0, max_tokens=1000)
     engine.settle()
     assert reason(sink) is FinishReason.BUDGET
     assert isinstance(sink.end, Done)
-    assert 1.0 <= sink.end.timings.total_s < 1.0 + STEP_S
+    assert 1.0 - 2 * STEP_S < sink.end.timings.total_s <= 1.0
 
 
 def test_no_unit_is_started_after_the_deadline() -> None:
@@ -205,19 +209,17 @@ def test_an_ask_that_expires_in_the_queue_fails_while_another_still_runs() -> No
     engine = costly()
     long, _ = engine.ask(budget_s=10.0, max_tokens=40)
     engine.turns_until(lambda: bool(long.text))
-    late, _ = engine.ask(budget_s=0.2)
+    arrived_s = engine.clock()
+    late, _ = engine.ask(budget_s=3.0)
+    engine.clock.costs_s["step"] = 3.0
     engine.turns_until(lambda: late.end is not None)
     assert isinstance(error(late), DeadlineExceeded)
     assert "in the queue" in str(error(late))
     assert long.end is None
-    assert engine.clock() < late_by(engine, 0.2 + STEP_S)
+    assert engine.clock() <= arrived_s + 3.0 + 3.0
+    engine.clock.costs_s["step"] = STEP_S
     engine.settle()
     assert reason(long) is FinishReason.LENGTH
-
-
-def late_by(engine: DrivenEngine, after_s: float) -> float:
-    """A moment so long after the second ask of the test above arrived; prefill and a step came before it."""
-    return 1000.0 + 5 * PREFILL_S + STEP_S + after_s + 1e-9
 
 
 def test_the_earliest_deadline_goes_first() -> None:
@@ -365,8 +367,13 @@ def flooded(budget_s: float, n_asks: int, *, others: int = 3) -> tuple[DrivenEng
     for n in range(2000):
         engine.observe(reading(n))
     reading_s = 0.0
-    sinks = [engine.ask("q" * 40, budget_s, max_tokens=40)[0] for _ in range(others + 1)]
+    sinks: list[Sink] = []
     while n_asks:
+        while len(sinks) <= others:
+            try:
+                sinks.append(engine.ask("q" * 40, budget_s, max_tokens=40)[0])
+            except Overloaded:
+                break
         before_s, forks = engine.clock(), engine.status().counters["context_tokens_read"]
         engine.turn()
         if engine.status().counters["context_tokens_read"] > forks:
@@ -374,7 +381,6 @@ def flooded(budget_s: float, n_asks: int, *, others: int = 3) -> tuple[DrivenEng
         ended = [sink for sink in sinks if sink.end is not None]
         for sink in ended:
             sinks.remove(sink)
-            sinks.append(engine.ask("q" * 40, budget_s, max_tokens=40)[0])
             n_asks -= 1
     return engine, reading_s
 
@@ -390,8 +396,8 @@ def test_reading_gets_its_share_of_the_time_while_asks_wait() -> None:
 
 
 def test_reading_goes_on_under_a_flood_of_urgent_asks() -> None:
-    """None of them ever has a second left; reading is owed its time, and takes it once that is enough."""
-    engine, reading_s = flooded(budget_s=0.9 * URGENT_S, n_asks=200)
+    """None of them has time to spare; reading is owed its time, and asks are refused once that is too much."""
+    engine, reading_s = flooded(budget_s=0.9, n_asks=200)
     total_s = engine.clock() - 1000.0
     assert reading_s >= READING_SHARE * (total_s - reading_s) - 2 * MOST_OWED_S
     assert reading_s > 0
@@ -410,7 +416,7 @@ def test_reading_takes_no_more_than_its_share_of_what_the_next_ask_has_left() ->
     assert 0.8 <= engine.clock() - ended_s <= 4.0 * READING_SHARE + 1.0
 
 
-def test_an_ask_that_comes_while_reading_has_its_share_goes_first_where_it_is_urgent() -> None:
+def test_an_ask_that_comes_while_reading_has_its_share_is_in_time() -> None:
     engine = costly(chunk_tokens=8, window=8192, backlog=2000)
     for n in range(500):
         engine.observe(reading(n))
@@ -418,10 +424,8 @@ def test_an_ask_that_comes_while_reading_has_its_share_goes_first_where_it_is_ur
     patient, _ = engine.ask(budget_s=1000.0)
     engine.turns_until(lambda: long.end is not None)
     engine.turn()
-    read = engine.status().counters["context_tokens_read"]
-    urgent, _ = engine.ask(budget_s=0.9 * URGENT_S)
+    urgent, _ = engine.ask(budget_s=0.8)
     engine.turns_until(lambda: urgent.end is not None)
-    assert engine.status().counters["context_tokens_read"] == read
     assert reason(urgent) is FinishReason.LENGTH
     assert patient.text == ""
 
@@ -509,17 +513,20 @@ def test_asks_are_refused_before_the_start() -> None:
 def test_every_end_is_counted() -> None:
     engine = costly()
     engine.answer()
-    late, _ = engine.ask(budget_s=0.0)
+    late, _ = engine.ask(budget_s=1.0)
+    engine.clock.now_s += 1.0
+    engine.settle()
     _, ticket = engine.ask()
     ticket.cancel()
-    engine.ask("x" * 1000)
-    engine.ask(budget_s=0.1, max_tokens=100)
+    engine.ask(budget_s=1.0, max_tokens=100)
+    with pytest.raises(Overloaded):
+        engine.ask(budget_s=0.1)
     engine.settle()
     counters = engine.status().counters
     assert isinstance(error(late), DeadlineExceeded)
     ends = {name: counters[name] for name in counters if name.startswith("asks_") and counters[name]}
-    assert ends == {"asks_length": 1, "asks_expired": 1, "asks_cancelled": 1, "asks_failed": 1, "asks_budget": 1}
-    assert counters["asks"] == 5
+    assert ends == {"asks_length": 1, "asks_expired": 1, "asks_cancelled": 1, "asks_refused": 1, "asks_budget": 1}
+    assert counters["asks"] == 4
 
 
 def test_a_new_queue_length_holds_for_the_asks_that_come_after() -> None:

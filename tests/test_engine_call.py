@@ -5,12 +5,13 @@ import threading
 from engine_driver import Sink
 
 from iotd.engine.call import Call
+from iotd.engine.plan import Work
 from iotd.errors import DeadlineExceeded
 from iotd.events import Ask, Delta, Done, Failed, FinishReason
 
 
 def make_call(sink: Sink) -> Call:
-    return Call(Ask("how?", arrived_s=10.0, deadline_s=12.0), sink, "id")
+    return Call(Ask("how?", arrived_s=10.0, deadline_s=12.0), Work("text", 0, (4,), 16), sink, "id")
 
 
 def test_a_call_ends_once_and_says_nothing_after_it() -> None:
@@ -24,12 +25,22 @@ def test_a_call_ends_once_and_says_nothing_after_it() -> None:
     assert sink == [Delta("a"), done]
 
 
-def test_a_call_that_has_spoken_does_not_end_as_a_silent_one() -> None:
+def test_an_answer_that_its_deadline_cuts_is_made_whole() -> None:
     sink = Sink()
     call = make_call(sink)
-    call.speak("a", 11.0)
-    assert not call.end(Failed(DeadlineExceeded("late")), only_if_silent=True)
-    assert not call.ended
+    call.speak('{"a', 11.0, ending='": 0}')
+    done = call.overdue(12.0)
+    assert call.end(done)
+    assert sink == [Delta('{"a'), Delta('": 0}'), done]
+
+
+def test_an_answer_that_is_cancelled_is_not_made_whole() -> None:
+    sink = Sink()
+    call = make_call(sink)
+    call.speak('{"a', 11.0, ending='": 0}')
+    done = call.done(FinishReason.CANCELLED, 11.5)
+    assert call.end(done)
+    assert sink == [Delta('{"a'), done]
 
 
 def test_an_empty_piece_is_not_a_word() -> None:

@@ -263,7 +263,7 @@ def test_many_threads_at_once_lose_no_ask_and_no_event() -> None:
     counters = engine.status().counters
     assert engine.status().queue_depth == 0
     assert counters["asks"] == len(asked)
-    assert counters["asks_rejected"] == len(refused)
+    assert counters["asks_rejected"] + counters["asks_refused"] == len(refused)
     assert counters["defects"] == 0
     ends = sum(counters[f"asks_{name}"] for name in ("stop", "length", "budget", "cancelled", "expired", "failed"))
     assert ends == len(asked)

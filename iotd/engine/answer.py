@@ -4,22 +4,20 @@ A unit is a fork, a chunk of prompt, an image encoded, or a step of decoding. Kn
 """
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import accumulate
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from iotd.counters import Counters
-from iotd.engine.backlog import Backlog
 from iotd.engine.call import Call, Unit
-from iotd.engine.context import Context
-from iotd.engine.entry import Chunk, Part, Rows, Tokens, chunks, count_tokens
+from iotd.engine.costs import Costs
+from iotd.engine.entry import Chunk, Rows, chunks, count_tokens
 from iotd.engine.feed import Floats, Ints, encode, feed
-from iotd.engine.ledger import Ledger
-from iotd.engine.lines import Lines
+from iotd.engine.lengths import Lengths
+from iotd.engine.plan import LEAST_TOKENS, Planned, Planner, run_size
+from iotd.engine.prompt import Prompts
 from iotd.engine.sentences import Sentences
-from iotd.engine.sessions import Session, Sessions
-from iotd.errors import ContextOverflow, NotFound
+from iotd.engine.sessions import Session
 from iotd.events import FinishReason
 from iotd.model import Model
 from iotd.model.generation import Generation
@@ -27,8 +25,8 @@ from iotd.model.state import State
 
 SENTENCE_TOKENS = 24
 """With less time left than these take, a sentence is told when it is whole."""
-MAX_EXACT = 16
-"""Sensors whose exact figures stand before one question, at most."""
+GUESS_TOKENS = 8
+"""A run of guesses takes up to four times as long as one of a single token: with less time left, none is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +34,17 @@ class Kit:
     """What every answer is made with."""
 
     model: Model
-    lines: Lines
-    context: Context
-    backlog: Backlog
-    ledger: Ledger
-    sessions: Sessions
+    prompts: Prompts
+    planner: Planner
+    costs: Costs
+    lengths: Lengths
     fork: State
     """The one state that answers run on, in rows lent by the context; one answer at a time."""
     drafting: bool
     """Guess at the tokens that follow."""
-    image_tokens: int
-    """Most tokens that the images of one ask take together."""
     chunk_tokens: int
+    latest_end_s: Callable[[], float]
+    """When the answer must have ended for the sake of asks that wait, once it has said the least."""
     clock: Callable[[], float]
     counters: Counters
 
@@ -61,13 +58,11 @@ class Answer:
         self._generation: Generation | None = None
         self._free_text = call.ask.format is None
         self._sentences = Sentences()
-        self._step_s = 0.0
-        """What the last run took for each of its `run_tokens`."""
         self._session: Session | None = None
         self._units = self._work()
 
     def advance(self) -> FinishReason | None:
-        """Run one unit, unless the ask is cancelled or its deadline has come. Returns why it ended, once it has.
+        """Run one unit, unless the ask is cancelled or there is no time for it. Returns why it ended, once it has.
 
         Raises ContextOverflow, NotFound or InvalidInput before anything ran, where it cannot be answered.
         """
@@ -79,6 +74,9 @@ class Answer:
             if reason is FinishReason.BUDGET:
                 self._say(self._generation.close())
                 self._call.meter.generation_tokens = self._generation.n_tokens
+            else:
+                n_tokens, runs = self._generation.n_tokens, self._call.meter.runs
+                self._kit.lengths.learn(self._call.work.kind, n_tokens if self._free_text else runs)
             self._say(self._generation.flush())
             cut_off = self._free_text and reason is FinishReason.BUDGET
             self._call.speak(self._sentences.rest(cut_off=cut_off), self._kit.clock())
@@ -92,18 +90,19 @@ class Answer:
         name, generation, kit = self._call.session, self._generation, self._kit
         if not name or generation is None:
             return
+        sessions = kit.prompts.sessions
         if not well:
             if self._session is None:
-                kit.sessions.drop(name)
+                sessions.drop(name)
             return
-        session = kit.sessions.get(name)
+        session = sessions.get(name)
         if session is self._session:
             session.state.take_over(generation.state)
         else:
             generation.state.copy_into(session.state)
         session.unread = generation.unread
         if self._session is None or self._call.ask.catch_up:
-            session.n_read = kit.context.n_read
+            session.n_read = kit.prompts.context.n_read
 
     def _name_session(self, reason: FinishReason) -> None:
         """Before the end is told: the name stands in it. The state is kept behind it, which takes its time."""
@@ -113,26 +112,46 @@ class Answer:
         if ask.session is not None:
             self._call.session = ask.session
         elif ask.keep_session:
-            self._call.session = self._kit.sessions.open()
+            self._call.session = self._kit.prompts.sessions.open()
 
     def _stopped(self) -> FinishReason | None:
         if self._call.cancelled:
             return FinishReason.CANCELLED
-        now_s = self._kit.clock()
-        if self._generation is not None and not self._free_text:
-            # It can be closed at any time, so it need not be late by one more run.
-            now_s += self._step_s * self._generation.run_tokens
-        return FinishReason.BUDGET if self._call.expired(now_s) else None
+        if self._generation is None:
+            return FinishReason.BUDGET if self._call.expired(self._kit.clock()) else None
+        return None if self._runs_left() else FinishReason.BUDGET
 
     def _finished(self) -> FinishReason | None:
         return None if self._generation is None else self._generation.finish_reason
 
+    def _runs_left(self) -> int:
+        """Further runs of the model that there is time for; one at least until something was chosen."""
+        assert self._generation is not None
+        ends_s, said = self._call.ask.deadline_s, self._generation.n_tokens
+        if said >= LEAST_TOKENS:
+            ends_s = min(ends_s, self._kit.latest_end_s())
+        left_s = ends_s - self._kit.clock()
+        usual_s, slow_s = self._run_s(), self._run_s(slow=True)
+        if left_s < slow_s:
+            return 0 if said else 1
+        return 1 + int(min((left_s - slow_s) / usual_s, 1e6)) if usual_s else 1_000_000
+
+    def _run_s(self, *, slow: bool = False) -> float:
+        """What the next run takes."""
+        generation, costs = self._generation, self._kit.costs
+        assert generation is not None
+        position = generation.state.position
+        if self._free_text:
+            return costs.step_s(position, slow=slow)
+        return costs.form_s(len(generation.unread), position, slow=slow)
+
     def _work(self) -> Generator[None, None, None]:
-        if self._call.ask.session is not None:
-            self._session = self._kit.sessions.get(self._call.ask.session)
+        call, kit = self._call, self._kit
+        if call.ask.session is not None:
+            self._session = kit.prompts.sessions.get(call.ask.session)
         prompt = self._prompt()
-        sampling, form = self._call.ask.sampling, self._call.ask.format
-        constraint = self._kit.model.constraint(form, sampling.max_tokens) if form is not None else None
+        sampling, form = call.ask.sampling, call.ask.format
+        constraint = kit.model.constraint(form, sampling.max_tokens) if form is not None else None
         self._fork()
         yield
         for chunk in prompt[:-1]:
@@ -141,109 +160,95 @@ class Answer:
             yield
         logits = self._feed(prompt[-1], logits=True, only=constraint.allowed() if constraint is not None else None)
         assert logits is not None
-        said = self._said(prompt) if self._kit.drafting else None
-        self._generation = self._kit.model.generation(
-            self._kit.fork, logits, sampling, said=said, constraint=constraint
-        )
+        said = self._said(prompt) if kit.drafting else None
+        self._generation = kit.model.generation(kit.fork, logits, sampling, said=said, constraint=constraint)
         while True:
             yield
             self._step(self._generation)
 
+    def _prompt(self) -> list[Chunk]:
+        """The whole prompt in chunks, as it is planned by now. Raises where something is missing or does not fit."""
+        call, kit = self._call, self._kit
+        now_s = kit.clock()
+        time_s = min(call.ask.deadline_s, kit.latest_end_s()) - now_s
+        call.work = kit.prompts.work(call.ask)
+        planned = self._planned(time_s)
+        catch_up_tokens = 0
+        if call.ask.catch_up:
+            token_s = kit.costs.read_s(kit.chunk_tokens, call.work.position) / kit.chunk_tokens
+            catch_up_tokens = int(max(0.0, time_s - planned.reserved_s) / token_s) if token_s else call.work.room
+        parts = kit.prompts.make(
+            call.ask,
+            rung=planned.rung,
+            thinking=planned.plan.thinking_tokens > 0,
+            answer_tokens=planned.plan.answer_tokens,
+            catch_up_tokens=catch_up_tokens,
+        )
+        if call.ask.catch_up:
+            call.work = replace(call.work, parts=tuple(count_tokens([part]) for part in parts))
+            planned = self._planned(time_s)
+        call.planned = planned
+        call.reserved_end_s = now_s + planned.reserved_s
+        size = run_size(count_tokens(parts), kit.chunk_tokens)
+        return list(chunks(parts, lambda: size))
+
+    def _planned(self, time_s: float) -> Planned:
+        return self._kit.planner.fit(self._call.work, time_s) or self._kit.planner.least(self._call.work)
+
     def _encode(self, chunk: Chunk) -> Iterator[None]:
         if isinstance(chunk, Rows) and chunk.image.embedding is None:
-            with self._timed("image_s"):
+            with self._timed("image_s"), self._kit.costs.image(chunk.image.n_tokens):
                 encode(self._kit.model, chunk.image)
             self._kit.counters.add("images_encoded")
             yield
 
     def _feed(self, chunk: Chunk, *, logits: bool = False, only: Ints | None = None) -> Floats | None:
-        with self._timed("prefill_s"):
-            found = feed(self._kit.model, self._kit.fork, chunk, logits=logits, only=only)
-        n_tokens = count_tokens([chunk])
+        n_tokens, fork = count_tokens([chunk]), self._kit.fork
+        with self._timed("prefill_s"), self._kit.costs.read(n_tokens, fork.position, logits=logits):
+            found = feed(self._kit.model, fork, chunk, logits=logits, only=only)
         self._call.meter.prompt_tokens += n_tokens
         if isinstance(chunk, Rows):
             self._call.meter.image_tokens += n_tokens
         return found
 
     def _step(self, generation: Generation) -> None:
-        began_s = self._kit.clock()
-        # A run of guesses takes up to four times as long as one of a single token: it would overshoot the deadline.
-        near = self._call.ask.deadline_s - began_s < 4 * self._step_s
-        run_tokens = generation.run_tokens
-        with self._timed("decode_s"):
-            piece = generation.step(guess=not near)
-        if run_tokens:
-            self._step_s = (self._kit.clock() - began_s) / run_tokens
-        self._call.meter.generation_tokens = generation.n_tokens
+        guess = self._kit.drafting and self._runs_left() > GUESS_TOKENS
+        n_before = generation.n_tokens
+        with self._timed("decode_s"), self._measured(generation, guess):
+            piece = generation.step(guess=guess)
+        meter, planned = self._call.meter, self._call.planned
+        meter.runs += n_before > 0
+        meter.generation_tokens = generation.n_tokens
+        if planned is not None:
+            left = max(1, planned.plan.reserved_tokens - generation.n_tokens)
+            self._call.reserved_end_s = self._kit.clock() + left * planned.run_s
         self._say(piece)
 
-    def _prompt(self) -> list[Chunk]:
-        """The whole prompt in chunks. Raises where something is missing or does not fit; nothing has run by then."""
-        ask, kit = self._call.ask, self._kit
-        parts: list[Part] = []
-        if self._session is not None:
-            parts.append(self._session.unread + kit.lines.next_turn())
-            if ask.catch_up:
-                parts.extend(kit.context.since(self._session.n_read, self._room // 2))
-        if ask.exact_readings:
-            parts.extend(self._exact())
-        if ask.camera is not None:
-            parts.extend(self._camera(ask.camera))
-        each = kit.image_tokens // max(len(ask.images), 1)
-        images = [kit.lines.image(rgb, each) for rgb in ask.images]
-        parts.extend(kit.lines.question(ask.question, images, thinking=ask.sampling.thinking))
-        needed, available = count_tokens(parts), self._parent.available - 1
-        if needed > available:
-            raise ContextOverflow(needed, available)
-        # Even runs: a short one at the end would take as long as several tokens of a longer one.
-        n_runs = max(1, round(needed / kit.chunk_tokens))
-        return list(chunks(parts, lambda: -(-needed // n_runs)))
+    def _measured(self, generation: Generation, guess: bool) -> AbstractContextManager[None]:
+        """Around a run of the model; the first token is drawn without one, and guesses are no usual runs."""
+        n_unread, position, costs = len(generation.unread), generation.state.position, self._kit.costs
+        if not n_unread or guess:
+            return nullcontext()
+        return costs.step(position) if self._free_text else costs.form(n_unread, position)
 
     def _said(self, prompt: list[Chunk]) -> Iterator[int]:
         """Tokens that the answer may quote; what a session has read long ago is not among them."""
         if self._session is not None or self._call.ask.use_context:
-            yield from self._kit.context.said()
+            yield from self._kit.prompts.context.said()
         for chunk in prompt:
             if not isinstance(chunk, Rows):
                 yield from chunk
 
-    @property
-    def _parent(self) -> State:
-        """What the answer goes on from. Nothing else runs before the answer has ended, so that it can lend its rows."""
-        context = self._kit.context
-        if self._session is not None:
-            return self._session.state
-        return context.live if self._call.ask.use_context else context.blank
-
-    @property
-    def _room(self) -> int:
-        """Tokens that can still be read, those included that a session has not read yet."""
-        return self._parent.available - (len(self._session.unread) if self._session is not None else 0)
-
-    def _exact(self) -> list[Tokens]:
-        """As many sensors as fit into a quarter of what is free."""
-        ask, kit = self._call.ask, self._kit
-        lines = kit.lines.exact(kit.ledger.find(ask.question, ask.sensors, MAX_EXACT))
-        room = self._room // 4
-        ends = accumulate(map(len, lines))
-        return [line for line, end in zip(lines, ends, strict=True) if end <= room]
-
-    def _camera(self, camera: str) -> tuple[Part, ...]:
-        shot = self._kit.backlog.newest(camera)
-        if shot is None:
-            raise NotFound(f"camera {camera!r} is not known any more")
-        return self._kit.lines.frame(shot).parts
-
     def _fork(self) -> None:
-        with self._timed("prefill_s"):
-            self._parent.lend_to(self._kit.fork)
+        with self._timed("prefill_s"), self._kit.costs.fork():
+            self._kit.prompts.parent(self._call.ask).lend_to(self._kit.fork)
         self._call.meter.context_tokens = self._kit.fork.position
 
     def _say(self, piece: str) -> None:
-        now_s, meter = self._kit.clock(), self._call.meter
-        step_s = meter.decode_s / max(1, meter.generation_tokens)
-        near_end = self._free_text and self._call.ask.deadline_s - now_s < SENTENCE_TOKENS * step_s
-        self._call.speak(self._sentences.push(piece, near_end=near_end), now_s)
+        assert self._generation is not None
+        near_end = self._free_text and self._runs_left() <= SENTENCE_TOKENS
+        text = self._sentences.push(piece, near_end=near_end)
+        self._call.speak(text, self._kit.clock(), ending=self._generation.ending)
 
     @contextmanager
     def _timed(self, name: Literal["image_s", "prefill_s", "decode_s"]) -> Iterator[None]:

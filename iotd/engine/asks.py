@@ -1,16 +1,19 @@
 """The asks inside the engine, from their admission to their end: bounded, earliest deadline first, each ended once.
 
-Any thread admits and ends; one thread takes. Knows no model, and a clock only as numbers it is handed.
+One is admitted only where it fits between those that were before: what is kept for them is not given away. Any thread
+admits and ends; one thread takes. Knows no model, and a clock only as numbers it is handed.
 """
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
-from statistics import fmean
 
 from iotd.counters import Counters
 from iotd.engine.call import Call
+from iotd.engine.costs import Costs
+from iotd.engine.plan import Planned, Planner
 from iotd.errors import DeadlineExceeded, Overloaded, Unavailable
 from iotd.events import Answered, Done, Failed, FinishReason, Timings
 
@@ -18,15 +21,30 @@ log = logging.getLogger(__name__)
 
 SHOWN = 8
 """Asks whose ends are told in the status."""
-RECENT = 16
-"""Asks whose mean duration says when a refused one may try again."""
+SOON_S = 0.001
+"""A refused ask is never told to try again sooner."""
+JUDGED = 256
+"""Asks whose predicted times are held against what they took."""
 
 
 class Asks:
     """A short queue and the one ask that runs. Refuses everything until it is opened."""
 
-    def __init__(self, capacity: int, counters: Counters, on_answer: Callable[[Answered], None] | None = None) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        planner: Planner,
+        costs: Costs,
+        counters: Counters,
+        on_answer: Callable[[Answered], None] | None = None,
+    ) -> None:
         """on_answer: told how each ask ended, on the thread that ends it. Must not block."""
+        self.reading_share = 0.0
+        """What reading will take between two asks, as a part of what the one before takes."""
+        self.debt_s = 0.0
+        """What reading will take before the next ask."""
+        self._planner = planner
+        self._costs = costs
         self._capacity = capacity
         self._counters = counters
         self._changed = threading.Condition()
@@ -37,7 +55,8 @@ class Asks:
         self._on_answer = on_answer
         self.recent: deque[Answered] = deque(maxlen=SHOWN)
         """The asks that ended last."""
-        self._recent_s: deque[float] = deque([1.0], maxlen=RECENT)
+        self._errors: deque[float] = deque(maxlen=JUDGED)
+        self._latest_end_s = math.inf
 
     @property
     def accepting(self) -> bool:
@@ -76,24 +95,79 @@ class Asks:
         with self._changed:
             return self._changed.wait_for(lambda: self._depth() == 0, timeout_s)
 
-    def admit(self, call: Call) -> int:
-        """Queue a call. Returns how many asks are in front of it, the running one included.
+    @property
+    def errors(self) -> list[float]:
+        """How far predictions were off of late, as parts of what the answers took, ascending."""
+        return sorted(self._errors)
 
-        Raises Unavailable while loading or draining, Overloaded where the queue is full.
+    def admit(self, call: Call, now_s: float) -> int:
+        """Queue a call with a plan. Returns how many asks are in front of it, the running one included.
+
+        Raises Unavailable while loading or draining, Overloaded where the queue is full or no useful answer fits.
         """
         with self._changed:
             if self._refusal:
                 raise Unavailable(self._refusal)
             if len(self._waiting) >= self._capacity:
                 self._counters.add("asks_rejected")
-                raise Overloaded(
-                    f"{len(self._waiting)} asks are waiting already",
-                    retry_after_s=max(0.001, round(fmean(self._recent_s), 3)),
-                )
-            ahead = sum(other.ask.deadline_s <= call.ask.deadline_s for other in self._waiting)
+                free_s = max(SOON_S, round(self._free_s(now_s) - now_s, 3))
+                raise Overloaded(f"{len(self._waiting)} asks are waiting already", retry_after_s=free_s)
+            call.planned, n_ahead = self._planned(call, now_s)
             self._waiting.append(call)
+            self._latest_end_s = self._latest_end()
             self._counters.add("asks")
-            return ahead + (self._running is not None)
+            return n_ahead + (self._running is not None)
+
+    def _planned(self, call: Call, now_s: float) -> tuple[Planned, int]:
+        """A plan between those that wait, and how many of them go before. Raises Overloaded."""
+        in_order = sorted(self._waiting, key=_deadline)
+        n_ahead = sum(other.ask.deadline_s <= call.ask.deadline_s for other in in_order)
+        start_s = self._free_s(now_s) + sum(map(self._turn_s, in_order[:n_ahead]))
+        ends_s, end_s = call.ask.deadline_s, start_s
+        for other in in_order[n_ahead:]:
+            ends_s = min(ends_s, other.ask.deadline_s - (end_s - start_s) - _reserved_s(other))
+            end_s += self._turn_s(other)
+        planned = self._planner.fit(call.work, ends_s - start_s, start_s - now_s)
+        if planned is None:
+            self._counters.add("asks_refused")
+            raise self._refused(call, end_s)
+        return planned, n_ahead
+
+    def _refused(self, call: Call, start_s: float) -> Overloaded:
+        """start_s: when it would begin, behind all that wait."""
+        least_s = self._planner.least(call.work).least_s
+        needed_s = start_s + least_s - call.ask.arrived_s
+        budget_s = call.ask.deadline_s - call.ask.arrived_s
+        waits = f", of which it would wait {wait_s:.3g} s" if (wait_s := needed_s - least_s) > SOON_S else ""
+        return Overloaded(
+            f"the budget is {budget_s:.3g} s, and the shortest answer would take {needed_s:.3g} s{waits}",
+            retry_after_s=max(SOON_S, round(needed_s - budget_s, 3)),
+            needed_s=needed_s,
+        )
+
+    def _free_s(self, now_s: float) -> float:
+        """When the asks that wait can begin: behind the running one, or what is being read."""
+        busy_until_s = self._costs.busy_until_s
+        if self._running is not None:
+            busy_until_s = max(busy_until_s, self._running.reserved_end_s)
+        return max(now_s, busy_until_s) + self.debt_s
+
+    def _turn_s(self, call: Call) -> float:
+        """What a waiting ask takes of the others' time, with the reading behind it."""
+        return _reserved_s(call) * (1 + self.reading_share)
+
+    def _latest_end(self) -> float:
+        """When the running ask must have ended, so that none that waits is late."""
+        latest_s, before_s = math.inf, 0.0
+        for call in sorted(self._waiting, key=_deadline):
+            latest_s = min(latest_s, call.ask.deadline_s - before_s - _reserved_s(call))
+            before_s += self._turn_s(call)
+        return latest_s
+
+    @property
+    def latest_start_s(self) -> float:
+        """When the model must be free for those that wait, so that none of them is late."""
+        return self._latest_end_s
 
     def take(self, now_s: float) -> Call | None:
         """The waiting call with the earliest deadline, the first come of equals; it runs until it is released."""
@@ -101,10 +175,12 @@ class Asks:
             assert self._running is None
             if not self._waiting:
                 return None
-            call = min(self._waiting, key=lambda waiting: waiting.ask.deadline_s)
+            call = min(self._waiting, key=_deadline)
             self._waiting.remove(call)
+            self._latest_end_s = self._latest_end()
             self._running = call
             call.meter.started_s = now_s
+            call.reserved_end_s = now_s + _reserved_s(call)
             return call
 
     def release(self, call: Call, now_s: float) -> None:
@@ -115,41 +191,45 @@ class Asks:
         self._counters.add("generation_tokens", meter.generation_tokens)
         with self._changed:
             self._running = None
-            self._recent_s.append(now_s - meter.started_s)
             self._changed.notify_all()
 
-    def end(self, call: Call, event: Done | Failed, *, only_if_silent: bool = False) -> bool:
+    def end(self, call: Call, event: Done | Failed) -> bool:
         """End a call and count how; nothing happens, and False is returned, where it has ended before."""
-        if not call.end(event, only_if_silent=only_if_silent):
+        if not call.end(event):
             return False
         self._counters.add(_name(event))
         if isinstance(event, Failed) and isinstance(event.error, DeadlineExceeded):
             log.info("%s had no word by its deadline: %s", call.request_id, call.trace())
         answered = _answered(call, event)
+        if answered.predicted_s:
+            self._errors.append(abs(answered.predicted_s / answered.timings.total_s - 1))
         self.recent.append(answered)
         if self._on_answer is not None:
             self._on_answer(answered)
         return True
 
     def settle(self, now_s: float) -> None:
-        """End what waits in vain: cancelled asks in the queue, and all whose deadline came before their first word."""
+        """End what waits in vain, as it was cancelled or its deadline has come; and the running one at its deadline."""
         with self._changed:
             over = [call for call in self._waiting if call.cancelled or call.expired(now_s)]
-            self._waiting = [call for call in self._waiting if call not in over]
+            if over:
+                self._waiting = [call for call in self._waiting if call not in over]
+                self._latest_end_s = self._latest_end()
             running = self._running
             self._changed.notify_all()
         for call in over:
             self.end(call, call.done(FinishReason.CANCELLED, now_s) if call.cancelled else call.overdue(now_s))
-        if running is not None and not running.spoke and running.expired(now_s):
-            self.end(running, running.overdue(now_s), only_if_silent=True)
+        if running is not None and running.expired(now_s):
+            # The model is inside of a run that takes longer than any was expected to.
+            self.end(running, running.overdue(now_s))
 
     def next_deadline_s(self, otherwise_s: float) -> float:
-        """When `settle` may be needed next: the earliest deadline of an ask that has not said anything."""
+        """When `settle` may be needed next: the earliest deadline of all."""
         with self._changed:
-            silent = list(self._waiting)
-            if self._running is not None and not (self._running.spoke or self._running.ended):
-                silent.append(self._running)
-        return min((call.ask.deadline_s for call in silent), default=otherwise_s)
+            left = list(self._waiting)
+            if self._running is not None and not self._running.ended:
+                left.append(self._running)
+        return min(map(_deadline, left), default=otherwise_s)
 
     def close(self) -> None:
         """End every ask that is left with Unavailable."""
@@ -165,10 +245,20 @@ class Asks:
         return len(self._waiting) + (self._running is not None)
 
 
+def _deadline(call: Call) -> float:
+    return call.ask.deadline_s
+
+
+def _reserved_s(call: Call) -> float:
+    assert call.planned is not None
+    return call.planned.reserved_s
+
+
 def _answered(call: Call, event: Done | Failed) -> Answered:
     budget_s = call.ask.deadline_s - call.ask.arrived_s
     if isinstance(event, Done):
-        return Answered(call.request_id, event.finish_reason.value, budget_s, event.usage, event.timings)
+        reason, predicted_s = event.finish_reason.value, call.predicted_s()
+        return Answered(call.request_id, reason, budget_s, event.usage, event.timings, predicted_s)
     return Answered(call.request_id, event.error.code, budget_s, call.usage(), Timings())
 
 

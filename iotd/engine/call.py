@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from iotd.engine.plan import Planned, Work
 from iotd.errors import DeadlineExceeded
 from iotd.events import Accepted, AnswerEvent, Ask, Delta, Done, Failed, FinishReason, Timings, Usage
 
@@ -41,14 +42,21 @@ class Meter:
     prompt_tokens: int = 0
     image_tokens: int = 0
     generation_tokens: int = 0
+    runs: int = 0
+    """Of the model, behind the prompt."""
 
 
 class Call:
     """An ask with its sink."""
 
-    def __init__(self, ask: Ask, sink: Sink, request_id: str) -> None:
+    def __init__(self, ask: Ask, work: Work, sink: Sink, request_id: str) -> None:
         self.ask = ask
+        self.work = work
         self.request_id = request_id
+        self.planned: Planned | None = None
+        """As it was accepted; once it runs, as it was planned again."""
+        self.reserved_end_s = 0.0
+        """While it runs: when it will have said what is kept for it."""
         self.meter = Meter()
         self.cancelled = False
         self.session = ""
@@ -57,6 +65,7 @@ class Call:
         self._lock = threading.Lock()
         self._ended = False
         self._spoke = False
+        self._ending = ""
 
     @property
     def ended(self) -> bool:
@@ -70,22 +79,30 @@ class Call:
     def expired(self, now_s: float) -> bool:
         return now_s >= self.ask.deadline_s
 
-    def speak(self, text: str, now_s: float) -> None:
-        """Give a piece of the answer; nothing happens where it is empty or the call has ended."""
+    def speak(self, text: str, now_s: float, ending: str = "") -> None:
+        """Give a piece of the answer, which may be empty; nothing happens where the call has ended.
+
+        ending: what makes the answer whole, should its deadline come before the next piece.
+        """
         with self._lock:
-            if self._ended or not text:
+            if self._ended:
+                return
+            self._ending = ending
+            if not text:
                 return
             if not self._spoke:
                 self._spoke = True
                 self.meter.first_token_s = now_s - self.ask.arrived_s
             self._send(Delta(text))
 
-    def end(self, event: Done | Failed, *, only_if_silent: bool = False) -> bool:
-        """End the call. False where it had ended before, or, with `only_if_silent`, where text was given already."""
+    def end(self, event: Done | Failed) -> bool:
+        """End the call. False where it had ended before."""
         with self._lock:
-            if self._ended or (only_if_silent and self._spoke):
+            if self._ended:
                 return False
             self._ended = True
+            if self._ending and isinstance(event, Done) and event.finish_reason is FinishReason.BUDGET:
+                self._send(Delta(self._ending))
             self._send(event)
             return True
 
@@ -113,6 +130,13 @@ class Call:
     def usage(self) -> Usage:
         m = self.meter
         return Usage(m.context_tokens, m.prompt_tokens, m.image_tokens, m.generation_tokens)
+
+    def predicted_s(self) -> float:
+        """What the whole was planned to take when its turn came, for as many runs as it came to; 0 before that."""
+        if self.planned is None or self.meter.started_s is None:
+            return 0.0
+        queue_s = self.meter.started_s - self.ask.arrived_s
+        return queue_s + self.planned.first_s + self.meter.runs * self.planned.run_s
 
     def timings(self, now_s: float) -> Timings:
         m, arrived_s = self.meter, self.ask.arrived_s

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from iotd.counters import Counters
+from iotd.engine.costs import Costs
 from iotd.engine.entry import Chunk, Entry, Part, Rows, Tokens, chunks, count_tokens
 from iotd.engine.feed import encode, feed
 from iotd.engine.lines import Lines
-from iotd.engine.pace import Pace
 from iotd.engine.snapshot import (
     FORMAT,
     Arrays,
@@ -91,15 +91,22 @@ class Context:
         system: str,
         window: int,
         reserve_tokens: int,
-        pace: Pace,
+        costs: Costs,
+        chunk_tokens: int,
+        chunk_s: float,
         counters: Counters,
     ) -> None:
-        """reserve_tokens: positions past the window, lent to a fork for its question and answer."""
+        """reserve_tokens: positions past the window, lent to a fork for its question and answer.
+
+        chunk_tokens, chunk_s: what is read at once takes no more of either, and a token at least.
+        """
         self._model = model
         self._lines = lines
         self._window = window
         self._key = Key(model.fingerprint, window, system)
-        self._pace = pace
+        self._costs = costs
+        self._chunk_tokens = chunk_tokens
+        self._chunk_s = chunk_s
         self._counters = counters
         self._opening: Tokens = lines.opening(system)
         n_opening = len(self._opening)
@@ -128,13 +135,22 @@ class Context:
         return self._job is not None
 
     @property
+    def unit_s(self) -> float:
+        """What the next unit of work takes, by what is known of it."""
+        chunk = self._job.chunk if self._job is not None else None
+        if isinstance(chunk, Rows) and chunk.image.embedding is None:
+            return self._costs.image_s(chunk.image.n_tokens)
+        n_tokens = count_tokens([chunk]) if chunk is not None else self._size()
+        return self._costs.read_s(n_tokens, self.live.position)
+
+    @property
     def nbytes(self) -> int:
         return self.blank.nbytes + self.live.nbytes + self._spare.nbytes
 
     def open(self) -> None:
         """Read the system prompt."""
-        for chunk in chunks([self._opening], lambda: self._pace.size):
-            with self._pace.run(count_tokens([chunk])):
+        for chunk in chunks([self._opening], lambda: self._chunk_tokens):
+            with self._costs.read(count_tokens([chunk]), self.blank.position):
                 feed(self._model, self.blank, chunk)
         self.blank.copy_into(self.live)
         self.view = View(self.live.position)
@@ -179,7 +195,7 @@ class Context:
             self._rebuild(entries)
             return True
         target = self.live
-        if n_tokens > self._pace.size or any(entry.has_image for entry in entries):
+        if n_tokens > self._size() or any(entry.has_image for entry in entries):
             target = self._spare
             self.live.lend_to(target)
         oldest_s = self.view.oldest_s or entries[0].time_s
@@ -199,11 +215,12 @@ class Context:
             self._commit(job)
             return
         if isinstance(chunk, Rows) and chunk.image.embedding is None:
-            encode(self._model, chunk.image)
+            with self._costs.image(chunk.image.n_tokens):
+                encode(self._model, chunk.image)
             self._counters.add("images_encoded")
             return
         n_tokens = count_tokens([chunk])
-        with self._pace.run(n_tokens):
+        with self._costs.read(n_tokens, job.target.position):
             feed(self._model, job.target, chunk)
         self._counters.add("context_tokens_read", n_tokens)
         job.advance()
@@ -238,7 +255,11 @@ class Context:
         self._job = _Job(self._spare, self._plan(parts), new, oldest_s, last_day, rebuilds=True)
 
     def _plan(self, parts: list[Part]) -> Callable[[], Iterator[Chunk]]:
-        return lambda: chunks(parts, lambda: self._pace.size)
+        return lambda: chunks(parts, self._size)
+
+    def _size(self) -> int:
+        """Tokens that can be read at once."""
+        return self._costs.tokens_within(self._chunk_s, self.live.position, self._chunk_tokens)
 
     def _dated(self, entries: Iterable[Entry], day: str) -> tuple[list[Part], str]:
         """The entries' parts with a date line wherever the day changes, and the day at the end."""

@@ -8,6 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 import msgspec
 
@@ -16,18 +17,22 @@ from iotd.counters import Counters
 from iotd.engine.answer import Kit
 from iotd.engine.asks import Asks
 from iotd.engine.backlog import Backlog
+from iotd.engine.calibrate import calibrate
 from iotd.engine.call import Call, Sink, Ticket
 from iotd.engine.context import Context
+from iotd.engine.costs import Costs, Samples
 from iotd.engine.ledger import Ledger
+from iotd.engine.lengths import Lengths
 from iotd.engine.lines import Lines
-from iotd.engine.pace import Pace
+from iotd.engine.plan import Planner
+from iotd.engine.prompt import Prompts
 from iotd.engine.reader import Reader
 from iotd.engine.saver import Saver, Write
 from iotd.engine.sessions import Sessions
 from iotd.engine.snapshot import Snapshot
 from iotd.engine.worker import Worker
 from iotd.errors import InvalidInput, NotFound, SnapshotError
-from iotd.events import MAX_CAMERAS, Accepted, Answered, Ask, EngineStatus, Frame, Observation, Reading
+from iotd.events import MAX_CAMERAS, Accepted, Answered, Ask, CostStatus, EngineStatus, Frame, Observation, Reading
 from iotd.model import Model
 
 log = logging.getLogger(__name__)
@@ -46,7 +51,9 @@ COUNTS = (
     "asks_cancelled",
     "asks_expired",
     "asks_failed",
+    "asks_refused",
     "asks_rejected",
+    "asks_repetition",
     "coalesced_readings",
     "context_swaps",
     "context_tokens_read",
@@ -100,16 +107,22 @@ class Engine:
         self._clock = clock
         self._counters = Counters(COUNTS)
         self._backlog = Backlog(context.backlog, MAX_CAMERAS, self._counters)
-        self._asks = Asks(ask.queue, self._counters, on_answer)
+        self._chunk_tokens = chunk_tokens = min(context.chunk_tokens, context.window // 4)
+        self.costs = Costs(clock)
+        """What work takes here; learnt as it runs."""
+        lengths = Lengths()
+        planner = Planner(self.costs, lengths, chunk_tokens)
+        self._asks = Asks(ask.queue, planner, self.costs, self._counters, on_answer)
         lines = Lines(model, max_tokens=context.window // 4)
-        chunk_tokens = min(context.chunk_tokens, context.window // 4)
         self._context = Context(
             model,
             lines,
             system=context.system,
             window=context.window,
             reserve_tokens=ask.reserve_tokens,
-            pace=Pace(chunk_tokens, context.chunk_s, clock),
+            costs=self.costs,
+            chunk_tokens=chunk_tokens,
+            chunk_s=context.chunk_s,
             counters=self._counters,
         )
         self._fork = model.new_state(0)
@@ -120,17 +133,25 @@ class Engine:
             lambda: model.new_state(live.capacity), live.nbytes, ask.session_bytes, self._counters
         )
         reader = Reader(self._backlog, lines, self._context, chunk_tokens, self._counters)
-        kit = Kit(
-            model=model,
+        self._prompts = Prompts(
             lines=lines,
             context=self._context,
             backlog=self._backlog,
             ledger=self._ledger,
             sessions=self._sessions,
+            image_tokens=ask.reserve_tokens // 2,
+            tell_length=ask.tell_length,
+        )
+        kit = Kit(
+            model=model,
+            prompts=self._prompts,
+            planner=planner,
+            costs=self.costs,
+            lengths=lengths,
             fork=self._fork,
             drafting=ask.drafting,
-            image_tokens=ask.reserve_tokens // 2,
             chunk_tokens=chunk_tokens,
+            latest_end_s=lambda: self._asks.latest_start_s,
             clock=clock,
             counters=self._counters,
         )
@@ -147,6 +168,18 @@ class Engine:
             threading.Thread(target=self._run, name="iotd-engine", daemon=True),
             threading.Thread(target=self._watch_deadlines, name="iotd-deadlines", daemon=True),
         ]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model's package."""
+        return self._model.fingerprint
+
+    def recall(self, samples: dict[str, Samples]) -> None:
+        """Before `start`: what was measured earlier, as `costs.pack` gave it. Anything else is measured again."""
+        try:
+            self.costs.unpack(samples)
+        except ValueError as error:
+            log.warning("what work takes here is measured again: %s", error)
 
     def restore(self, snapshot: Callable[[], Snapshot | None]) -> None:
         """Before `start`: go on from a snapshot, if there is one. One that cannot be used is counted."""
@@ -226,15 +259,17 @@ class Engine:
     def submit(self, ask: Ask, sink: Sink) -> Ticket:
         """Queue an ask, from any thread; its answer's events go to `sink`.
 
-        Raises InvalidInput (images without vision), NotFound (camera), Overloaded or Unavailable at once. What shows
-        only when its turn comes, such as ContextOverflow, arrives as Failed.
+        Raises InvalidInput (images without vision, a prompt that does not fit), NotFound (camera, session), Overloaded
+        or Unavailable at once. What shows only when its turn comes arrives as Failed.
         """
         self._check(ask)
-        call = Call(ask, sink, secrets.token_hex(8))
-        position = self._asks.admit(call)
+        call = Call(ask, self._prompts.work(ask), sink, secrets.token_hex(8))
+        position = self._asks.admit(call, self._clock())
+        assert call.planned is not None
+        accepted = Accepted(call.request_id, position, call.planned.plan)
         self._alarm.set()
         self._work.set()
-        return Ticket(Accepted(call.request_id, position), lambda: self._cancel(call))
+        return Ticket(accepted, lambda: self._cancel(call))
 
     def cameras(self) -> list[str]:
         """The cameras an ask can name."""
@@ -263,6 +298,22 @@ class Engine:
             cameras=tuple(self._backlog.cameras()),
             recent=tuple(self._asks.recent),
             counters=self._counters.snapshot(),
+            costs=self._cost_status(),
+        )
+
+    def _cost_status(self) -> CostStatus:
+        costs, position, errors = self.costs, self._context.view.n_tokens, self._asks.errors
+        prefill_run_s = costs.read_s(0, position)
+        return CostStatus(
+            fork_s=costs.fork_s(),
+            prefill_run_s=prefill_run_s,
+            prefill_token_s=costs.read_s(1, position) - prefill_run_s,
+            decode_token_s=costs.step_s(position),
+            slow_decode_token_s=costs.step_s(position, slow=True),
+            image_token_s=costs.image_s(64) / 64 if costs.image_seen else 0.0,
+            predictions=len(errors),
+            median_error=errors[len(errors) // 2] if errors else 0.0,
+            high_error=errors[int(0.95 * len(errors))] if errors else 0.0,
         )
 
     def _check(self, ask: Ask) -> None:
@@ -282,6 +333,7 @@ class Engine:
         try:
             if not self._restored:
                 self._context.open()
+            self._calibrate()
         except BaseException as failure:  # noqa: BLE001 - handed to the thread that called start()
             self._failure = failure
             self._stopping.set()
@@ -295,6 +347,15 @@ class Engine:
             if not self._turn():
                 self._work.wait(HEARTBEAT_S)
             self._progress_s = self._clock()
+
+    def _calibrate(self) -> None:
+        if not self.costs.known:
+            live, chunk_tokens = self._context.live, self._chunk_tokens
+            calibrate(self._model, live, self._fork, self.costs, chunk_tokens, self._clock)
+            log.info("measured what work takes here", extra=self._told_costs())
+
+    def _told_costs(self) -> dict[str, float]:
+        return {name: round(value, 6) for name, value in asdict(self._cost_status()).items() if name.endswith("_s")}
 
     def _turn(self) -> bool:
         try:

@@ -6,6 +6,7 @@ with a visible character and ends with a line break, so that its tokens are thos
 
 from collections.abc import Iterable
 from datetime import datetime
+from typing import Any
 
 from iotd.engine.backlog import Shot
 from iotd.engine.entry import Entry, Image, Part, Tokens, count_tokens
@@ -15,6 +16,7 @@ from iotd.events import RGB, Reading
 from iotd.model import Model
 from iotd.model.chat import Segment, UserText
 from iotd.model.resize import target_size
+from iotd.model.vision import Grid
 
 CHARS_PER_TOKEN = 8
 """More characters than this for each token allowed are not even tokenised; text of real sensors has 2 to 5."""
@@ -57,12 +59,18 @@ class Lines:
 
         Raises InvalidInput where even the model's smallest size is more than that.
         """
-        before = UserText(frame_line(shot.camera, shot.time_s))
         if shot.image is None:
             assert shot.rgb is not None
-            words = count_tokens(part for part in self._picture(before, None) if isinstance(part, list))
-            shot.image, shot.rgb = self.image(shot.rgb, self._max_tokens - words), None
-        return _entry(tuple(self._picture(before, shot.image)), shot.time_s)
+            shot.image, shot.rgb = self.image(shot.rgb, self.frame_tokens(shot)), None
+        return _entry(tuple(self.camera(shot, shot.image)), shot.time_s)
+
+    def frame_tokens(self, shot: Shot) -> int:
+        """Most that a frame's image may take, besides its words."""
+        return self._max_tokens - count_tokens(part for part in self.camera(shot, None) if isinstance(part, list))
+
+    def camera(self, shot: Shot, image: Any) -> list[Any]:
+        """A frame's words around its image, or around what stands for it."""
+        return self._picture(UserText(frame_line(shot.camera, shot.time_s)), image)
 
     def exact(self, figures: Iterable[Figures]) -> list[Tokens]:
         """A line for each sensor, with its exact figures."""
@@ -72,33 +80,54 @@ class Lines:
         """The end of an answer, and the beginning of the user's turn that follows it in a session."""
         return self._text(self._model.chat.next_turn())
 
-    def question(self, text: str, images: Iterable[Image], *, thinking: bool) -> list[Part]:
-        """A question after its images, closing the turn and opening the answer."""
+    def question(self, text: str, images: Iterable[Any], *, thinking: bool, words: int = 0) -> list[Any]:
+        """A question after its images, or what stands for them, closing the turn and opening the answer.
+
+        words: that the answer may have, which the model is told; 0 tells nothing.
+        """
         parts = [part for image in images for part in self._picture(UserText(""), image)]
-        return parts + self._runs([UserText(text.strip()), *self._model.chat.close_turn(thinking)])
+        told = f"\nAnswer in at most {words} words." if words else ""
+        return parts + self._runs([UserText(text.strip() + told), *self._model.chat.close_turn(thinking)])
 
     def image(self, rgb: RGB, max_tokens: int) -> Image:
         """An image that is still to be encoded, shrunk so that it takes at most `max_tokens`.
 
         Raises InvalidInput where the model's smallest size takes more.
         """
+        size, grid, n_tokens = self._sized((rgb.shape[0], rgb.shape[1]), max_tokens)
+        if n_tokens > max_tokens:
+            raise InvalidInput(f"the image takes {n_tokens} tokens at least; {max_tokens} are free", field="images")
+        return Image(rgb, size, grid, n_tokens)
+
+    def ladder(self, size: tuple[int, int], max_tokens: int) -> list[int]:
+        """Tokens that an image of this height and width takes: shrunk to so many, to half of them, and so on.
+
+        Down to the model's smallest size. Raises InvalidInput where that takes more than `max_tokens`.
+        """
+        rungs: list[int] = []
+        allowed = max_tokens
+        while (n_tokens := self._sized(size, allowed)[2]) <= allowed:
+            rungs.append(n_tokens)
+            allowed = n_tokens // 2
+        if not rungs:
+            raise InvalidInput(f"the image takes {n_tokens} tokens at least; {max_tokens} are free", field="images")
+        return rungs
+
+    def _sized(self, size: tuple[int, int], max_tokens: int) -> tuple[tuple[int, int], Grid, int]:
+        """The size to shrink to, its patches, and the tokens it takes: more than allowed where nothing smaller is."""
         vision = self._model.spec.vision
         assert vision is not None
-        size = rgb.shape[0], rgb.shape[1]
         grid = self._model.image_grid(size)
         if self._model.image_tokens(grid) > max_tokens:
             area = max(max_tokens, 1) * vision.size_factor**2
             size = target_size(*size, factor=vision.size_factor, min_pixels=0, max_pixels=area)
             grid = self._model.image_grid(size)
-        n_tokens = self._model.image_tokens(grid)
-        if n_tokens > max_tokens:
-            raise InvalidInput(f"the image takes {n_tokens} tokens at least; {max_tokens} are free", field="images")
-        return Image(rgb, size, grid, n_tokens)
+        return size, grid, self._model.image_tokens(grid)
 
-    def _picture(self, before: UserText, image: Image | None) -> list[Part]:
+    def _picture(self, before: UserText, image: Any) -> list[Any]:
         return self._runs([before, *self._model.chat.image_segments(image), UserText("\n")])
 
-    def _runs(self, segments: Iterable[Segment]) -> list[Part]:
+    def _runs(self, segments: Iterable[Segment]) -> list[Any]:
         return self._model.chat.tokenize(segments, self._model.tokenizer)
 
     def _text(self, segments: Iterable[Segment]) -> Tokens:

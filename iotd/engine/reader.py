@@ -38,6 +38,11 @@ class Reader:
         """Everything that arrived has been read, or nothing can be read now."""
         return self._context.frozen or not (self._context.busy or self._next or len(self._backlog))
 
+    @property
+    def unit_s(self) -> float:
+        """What the next unit of work takes."""
+        return self._context.unit_s
+
     def advance(self) -> None:
         """Run one unit of work, if there is any. A defect costs the events it met, and nothing else."""
         try:

@@ -18,11 +18,10 @@ log = logging.getLogger(__name__)
 
 READING_SHARE = 0.25
 """Asks owe reading this much of the time they take: with asks without end, reading gets a fifth of all time. An ask
-that waits is put off for a quarter of what it has left at most, or for one chunk."""
-URGENT_S = 1.0
-"""An ask with less time left goes before reading: one chunk, 0.1 to 1 s on a board, may cost it its first word."""
-MOST_OWED_S = 2.0
-"""Owed this much, reading goes before urgent asks too, so that a flood of them cannot stop it."""
+that waits is put off for a quarter of what it has left at most, and never made late: asks are accepted so that there is
+time for reading between them."""
+MOST_OWED_S = 1.0
+"""Owed more than this, reading goes before asks that are yet to come: a flood of urgent ones cannot stop it."""
 
 
 class Worker:
@@ -45,6 +44,7 @@ class Worker:
     def turn(self) -> bool:
         """Run one unit of work. False where there was nothing to do."""
         self._asks.settle(self._kit.clock())
+        self._announce_reading()
         if self._running is None and not self._reading_is_due():
             self._take()
         if self._running is not None:
@@ -60,9 +60,14 @@ class Worker:
     def _reading_is_due(self) -> bool:
         if self._owed_s <= 0 or self._reader.idle:
             return False
-        left_s = self._asks.next_deadline_s(math.inf) - self._kit.clock()
-        patient = left_s >= URGENT_S or self._owed_s >= MOST_OWED_S
-        return patient and self._read_s < READING_SHARE * max(left_s, URGENT_S)
+        now_s = self._kit.clock()
+        put_off_s = READING_SHARE * (self._asks.next_deadline_s(math.inf) - now_s)
+        return now_s + self._reader.unit_s <= self._asks.latest_start_s and self._read_s < put_off_s
+
+    def _announce_reading(self) -> None:
+        """For the asks that are planned meanwhile."""
+        self._asks.reading_share = 0.0 if self._reader.idle else READING_SHARE
+        self._asks.debt_s = 0.0 if self._reader.idle else max(0.0, self._owed_s - MOST_OWED_S)
 
     def _read(self) -> None:
         began_s = self._kit.clock()
@@ -87,7 +92,7 @@ class Worker:
             self._running = None
             assert call.meter.started_s is not None
             self._read_s = 0.0
-            self._owed_s = min(self._owed_s, MOST_OWED_S) + READING_SHARE * (now_s - call.meter.started_s)
+            self._owed_s = min(self._owed_s, 2 * MOST_OWED_S) + READING_SHARE * (now_s - call.meter.started_s)
 
     def _advance(self, call: Call, answer: Answer) -> Done | Failed | None:
         try:

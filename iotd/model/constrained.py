@@ -53,6 +53,10 @@ class ConstrainedGeneration(Generation):
         self._n_drawn += 1
         return text + self._say([token]) + self._say_forced()
 
+    @property
+    def ending(self) -> str:
+        return self._text.peek(self._constraint.closing) if self._n_drawn and not self.done else ""
+
     def close(self) -> str:
         """A short rest of an answer from here; nothing where the model has not chosen anything yet."""
         return self._append(self._constraint.closing) if self._n_drawn else ""

@@ -32,6 +32,9 @@ class TextStream(Protocol):
 
     def push(self, token: int) -> str: ...
 
+    def peek(self, tokens: Iterable[int]) -> str:
+        """The text that would come with these tokens, to its very end."""
+
     def flush(self) -> str: ...
 
 
@@ -150,6 +153,11 @@ class Generation:
         self.state, self._beside = self._beside, self.state
         self.state.take_rows()
         del self.unread[:n_read]
+
+    @property
+    def ending(self) -> str:
+        """What `close` would say now."""
+        return ""
 
     def close(self) -> str:
         """Text that makes a cut answer whole; free text needs none."""

@@ -50,10 +50,8 @@ class Model:
         self._head = Head(folder, manifest.head, manifest.spec, open_graph, head)
         self._grammars = Grammars(self.tokenizer, manifest.spec.eos_token_ids)
         self._decoder = Decoder(folder, manifest.spec, manifest.embedding, self._head, open_graph)
-        self._folder = folder
-        self._open_graph = open_graph
-        self._max_image_pixels = max_image_pixels
-        self._vision: VisionEncoder | None = None
+        vision = manifest.spec.vision
+        self._vision = None if vision is None else VisionEncoder(folder, vision, open_graph, max_image_pixels)
         self._beside: State | None = None
 
     @classmethod
@@ -146,6 +144,11 @@ class Model:
     def encode_image(self, rgb: RGB) -> Floats:
         """uint8 [H, W, 3] → float32 [n, D]: resized, normalised and encoded as the checkpoint's processor does it."""
         return self._encoder().encode(rgb)
+
+    def close_vision(self) -> None:
+        """Give the memory of the vision graph back until the next image."""
+        if self._vision is not None:
+            self._vision.close()
 
     def prefill_embeddings(
         self, state: State, embeddings: Floats, *, grid: Grid, rows: slice = ALL, logits: bool = False
@@ -256,9 +259,6 @@ class Model:
         return self.image_tokens(self.image_grid(part.shape))
 
     def _encoder(self) -> VisionEncoder:
-        """The vision graph, opened when the first image comes."""
         if self._vision is None:
-            if self.spec.vision is None:
-                raise InvalidInput(f"{self.name} was converted without vision: ask it without images", field="images")
-            self._vision = VisionEncoder(self._folder, self.spec.vision, self._open_graph, self._max_image_pixels)
+            raise InvalidInput(f"{self.name} was converted without vision: ask it without images", field="images")
         return self._vision

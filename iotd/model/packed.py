@@ -66,7 +66,7 @@ def pack(path: Path, threads: Threads, fingerprint: str) -> Path | None:
     data = path.with_name(f"{path.name}.data")
     if not data.exists() or data.stat().st_size < LEAST_NBYTES:
         return None
-    folder = cache_folder() / "packed" / _key(path.name, fingerprint)
+    folder = cache_folder() / "packed" / machine_key(f"{_LAYOUT} {path.name}", fingerprint)
     try:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -131,8 +131,9 @@ def _let_go(data: Path) -> None:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
-def _key(name: str, fingerprint: str) -> str:
-    """What the layout depends on: the weights, onnxruntime's version, and what the processor can do."""
+def machine_key(*parts: str) -> str:
+    """Of these parts, and of what computing depends on besides: onnxruntime's version, what the processor can do."""
     abilities = {line for line in lines(_CPUINFO) if line.startswith(("flags", "Features", "CPU part", "model name"))}
-    parts = (f"{_LAYOUT} {name}", fingerprint, ort.__version__, platform.machine(), *sorted(abilities))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    return hashlib.sha256(
+        "\n".join((*parts, ort.__version__, platform.machine(), *sorted(abilities))).encode()
+    ).hexdigest()[:32]

@@ -81,6 +81,11 @@ class State:
         self.position = 0
         self.rope_position = 0
 
+    def skip(self, n_tokens: int) -> None:
+        """Pass over positions that nothing was read into: for measuring, as what follows has no meaning then."""
+        self.position += n_tokens
+        self.rope_position += n_tokens
+
     def copy(self) -> "State":
         """A new state of the same capacity that continues from here."""
         other = State(self.spec, self.capacity)

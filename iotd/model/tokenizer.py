@@ -129,6 +129,12 @@ class TextStream:
         """The text that became complete with this token; empty while a character is held back."""
         return "" if token in self._skipped else self._decoder.decode(self._tokenizer.token_bytes(token))
 
+    def peek(self, tokens: Iterable[int]) -> str:
+        """The text that pushing these tokens, and a flush, would give."""
+        held, _ = self._decoder.getstate()
+        data = b"".join(self._tokenizer.token_bytes(token) for token in tokens if token not in self._skipped)
+        return (held + data).decode(errors="replace")
+
     def flush(self) -> str:
         """What was held back: U+FFFD for a character that never got complete, else nothing."""
         return self._decoder.decode(b"", final=True)

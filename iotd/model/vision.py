@@ -4,10 +4,12 @@ Does the checkpoint's own preprocessing (size, normalisation, patch order), so t
 reference on the same pixels.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from iotd.errors import InvalidInput
@@ -24,13 +26,14 @@ Grid = tuple[int, int, int]
 
 
 class VisionEncoder:
-    """One opened vision graph. Not thread-safe: one thread owns it."""
+    """The vision graph, opened when the first image comes. One thread encodes; what images take, any thread may ask."""
 
     def __init__(self, folder: Path, spec: VisionSpec, open_graph: OpenGraph, max_pixels: int | None) -> None:
         self.spec = spec
         self.max_pixels = min(max_pixels or spec.max_pixels, spec.max_pixels)
         self.min_pixels = min(spec.min_pixels, self.max_pixels)
-        self._session = open_graph(folder / VISION)
+        self._open = partial(open_graph, folder / VISION)
+        self._session: ort.InferenceSession | None = None
 
     def grid(self, height: int, width: int) -> Grid:
         """Patches of an image of that many pixels, after its resize."""
@@ -57,8 +60,14 @@ class VisionEncoder:
             "cos_table": cos,
             "sin_table": sin,
         }
+        if self._session is None:
+            self._session = self._open()
         found: Floats = self._session.run(["embeddings"], inputs)[0]
         return found
+
+    def close(self) -> None:
+        """Give the graph's memory back until the next image."""
+        self._session = None
 
     def rope_offsets(self, grid: Grid) -> tuple[Ints, int]:
         """Rotary offsets int64 [3, n] of an image's tokens from its start, and how many positions it takes in all.

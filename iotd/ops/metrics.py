@@ -130,6 +130,7 @@ def _counts(counters: dict[str, int]) -> Iterator[Metric]:
         yield CounterMetricFamily(f"iotd_{name}", text, value=counters.get(name, 0))
     rejected = CounterMetricFamily("iotd_requests_rejected", "Asks refused at once.", labels=("reason",))
     rejected.add_metric(("queue_full",), counters.get("asks_rejected", 0))
+    rejected.add_metric(("budget",), counters.get("asks_refused", 0))
     yield rejected
     for metric, text, label, names in (
         ("requests", "Asks, by how they ended.", "finish_reason", _OUTCOMES),

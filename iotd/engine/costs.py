@@ -1,0 +1,238 @@
+"""What work takes on this machine: learnt from every unit that runs, and asked before any is planned.
+
+A kind of work has a shape (how its time grows with tokens and positions), which its first units tell, and a speed: a
+processor that throttles, or a neighbour that takes its cores, shows within a few units. One stall changes neither.
+
+Knows no model: it sees how long units of which size took.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+Kind = Literal["fork", "read", "step", "form", "image"]
+"""A copy of a state; a run that reads; a run that draws a token of free text; one that draws a token of a given form
+and may read several forced ones; an image encoded."""
+Features = tuple[float, ...]
+Samples = list[list[float]]
+"""Of one kind: features, and behind them seconds."""
+
+RECENT = 9
+"""Units whose median is the speed: five of them at a new speed are enough to show it."""
+SPREAD = 64
+"""Units by which a slow one is told from a usual one."""
+SLOW = 0.95
+"""Of them take less than a slow unit."""
+UNSURE = 1.25
+"""What a slow unit is taken for, against a usual one, before there are enough."""
+LEAST_SPREAD, MOST_SPREAD = 1.02, 3.0
+FIRST = 24
+"""Units that make the shape. Later ones do not: as the context grows, its effect could not be told from the speed's."""
+ROUNDS, LEAST_ERROR = 4, 0.02
+"""Of weighting each sample by how far it is off (iteratively reweighted least squares, of absolute errors)."""
+
+
+class Costs:
+    """Learns on the model's thread; any thread may ask. What was never seen takes no time."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.busy_until_s = 0.0
+        """When the unit in hand will have ended, or the last one has, on the clock."""
+        self._clock = clock
+        self._fits = {kind: _Fit() for kind in get_args(Kind)}
+
+    @property
+    def known(self) -> bool:
+        """Answers can be planned."""
+        return self._fits["read"].seen and self._fits["step"].seen
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        """Around a copy of a state."""
+        with self._unit("fork", (1.0,)):
+            yield
+
+    @contextmanager
+    def read(self, n_tokens: int, position: int, *, logits: bool = False) -> Iterator[None]:
+        """Around a run that reads so many tokens behind so many."""
+        with self._unit("read", _reading(n_tokens, position, logits)):
+            yield
+
+    @contextmanager
+    def step(self, position: int) -> Iterator[None]:
+        """Around a run that draws one token of free text."""
+        with self._unit("step", _stepping(position)):
+            yield
+
+    @contextmanager
+    def form(self, n_tokens: int, position: int) -> Iterator[None]:
+        """Around a run that reads so many tokens and draws one of a given form."""
+        with self._unit("form", (1.0, n_tokens, position / 1024)):
+            yield
+
+    @contextmanager
+    def image(self, n_tokens: int) -> Iterator[None]:
+        """Around encoding an image of so many tokens."""
+        with self._unit("image", (1.0, n_tokens)):
+            yield
+
+    def fork_s(self) -> float:
+        return self._fits["fork"].predict((1.0,))
+
+    def read_s(self, n_tokens: int, position: int, *, logits: bool = False) -> float:
+        return self._fits["read"].predict(_reading(n_tokens, position, logits))
+
+    def step_s(self, position: int, *, slow: bool = False) -> float:
+        """slow: 95 of 100 take less."""
+        return self._fits["step"].predict(_stepping(position), slow=slow)
+
+    def form_s(self, n_tokens: int, position: int, *, slow: bool = False) -> float:
+        """Of one that was never seen: what reading as many tokens takes."""
+        fit = self._fits["form"]
+        if not fit.seen:
+            return self.read_s(n_tokens, position, logits=True)
+        return fit.predict((1.0, n_tokens, position / 1024), slow=slow)
+
+    def image_s(self, n_tokens: int) -> float:
+        """Before one was encoded: what reading as many tokens takes, which is about the same with Qwen3.5."""
+        fit = self._fits["image"]
+        return fit.predict((1.0, n_tokens)) if fit.seen else self.read_s(n_tokens, 0)
+
+    @property
+    def read_spread(self) -> float:
+        """What a slow run of reading takes, against a usual one."""
+        return self._fits["read"].spread
+
+    def tokens_within(self, limit_s: float, position: int, most: int) -> int:
+        """As many as can be read in one run that takes no longer: one at least and `most` at most."""
+        base_s = self.read_s(0, position)
+        token_s = self.read_s(1, position) - base_s
+        if token_s <= 0:
+            return most
+        return max(1, min(most, int((limit_s - base_s) / token_s)))
+
+    @property
+    def image_seen(self) -> bool:
+        return self._fits["image"].seen
+
+    def pack(self) -> dict[str, Samples]:
+        """What was learnt, to be kept over a restart."""
+        return {kind: fit.pack() for kind, fit in self._fits.items()}
+
+    def unpack(self, kept: dict[str, Samples]) -> None:
+        """Go on from what `pack` gave. Raises ValueError for anything else, and has learnt nothing then."""
+        fits = {kind: _Fit() for kind in self._fits}
+        for kind, fit in fits.items():
+            fit.unpack(kept.get(kind, []), _N_FEATURES[kind])
+        self._fits = fits
+
+    @contextmanager
+    def _unit(self, kind: str, features: Features) -> Iterator[None]:
+        began_s = self._clock()
+        self.busy_until_s = began_s + self._fits[kind].predict(features)
+        yield
+        ended_s = self._clock()
+        self.busy_until_s = ended_s
+        self._fits[kind].learn(features, ended_s - began_s)
+
+
+def _reading(n_tokens: int, position: int, logits: bool) -> Features:
+    return 1.0, n_tokens, n_tokens * (position + n_tokens / 2) / 1024, float(logits)
+
+
+def _stepping(position: int) -> Features:
+    return 1.0, position / 1024
+
+
+_N_FEATURES = {"fork": 1, "read": 4, "step": 2, "form": 3, "image": 2}
+
+
+class _Fit:
+    """Seconds as speed × correction of the size × (shape · features)."""
+
+    def __init__(self) -> None:
+        self.spread = UNSURE
+        self._shape: tuple[float, ...] = ()
+        self._speed = 1.0
+        self._first: Samples = []
+        """What the shape comes from."""
+        self._ratios: deque[float] = deque(maxlen=RECENT)
+        self._offs: deque[float] = deque(maxlen=SPREAD)
+        self._by_size: dict[int, deque[float]] = {}
+        self._corrections: dict[int, float] = {}
+
+    @property
+    def seen(self) -> bool:
+        return bool(self._shape)
+
+    def predict(self, features: Features, *, slow: bool = False) -> float:
+        usual_s = self._speed * self._corrections.get(_size(features), 1.0) * self._plain(features)
+        return usual_s * self.spread if slow else usual_s
+
+    def learn(self, features: Features, took_s: float) -> None:
+        if len(self._first) < FIRST and took_s > 0:
+            self._first.append([*features, took_s / self._speed])
+            self._shape = _fitted(self._first)
+        plain_s = self._plain(features)
+        if plain_s <= 0 or took_s <= 0:
+            return
+        self._offs.append(took_s / max(self.predict(features), plain_s / 1e3))
+        self._ratios.append(took_s / plain_s / self._corrections.get(_size(features), 1.0))
+        self._speed = median(self._ratios)
+        same_size = self._by_size.setdefault(_size(features), deque(maxlen=RECENT))
+        same_size.append(took_s / plain_s / self._speed)
+        if len(same_size) == RECENT:
+            self._corrections[_size(features)] = median(same_size)
+        if len(self._offs) >= RECENT:
+            slow = sorted(self._offs)[int(SLOW * len(self._offs))]
+            self.spread = min(max(slow, LEAST_SPREAD), MOST_SPREAD)
+
+    def pack(self) -> Samples:
+        return self._first
+
+    def unpack(self, samples: Samples, n_features: int) -> None:
+        for sample in samples:
+            if len(sample) != n_features + 1 or not all(0 <= value < 1e9 for value in sample) or not sample[-1]:
+                raise ValueError(f"a sample is {n_features} numbers and seconds, not {sample}")
+        if samples:
+            self._first = samples[:FIRST]
+            self._shape = _fitted(self._first)
+
+    def _plain(self, features: Features) -> float:
+        return sum(coefficient * feature for coefficient, feature in zip(self._shape, features, strict=False))
+
+
+def _size(features: Features) -> int:
+    """Units of about one size, by what most of their time depends on."""
+    return int(features[1]).bit_length() if len(features) > 1 else 0
+
+
+def _fitted(samples: Samples) -> tuple[float, ...]:
+    """Coefficients of least relative errors, none of them negative; a sample that stands out counts little."""
+    data = np.array(samples)
+    rows = data[:, :-1] / data[:, -1:]
+    weights = np.ones(len(rows))
+    for _ in range(ROUNDS):
+        shape = _non_negative(rows, weights)
+        weights = 1 / np.maximum(np.abs(rows @ shape - 1), LEAST_ERROR)
+    return tuple(shape.tolist())
+
+
+def _non_negative(rows: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Coefficients with which each row adds up to 1, as far as it goes; the most negative is left out, till none is."""
+    scaled = rows * np.sqrt(weights)[:, None]
+    used = [column for column in range(rows.shape[1]) if scaled[:, column].any()]
+    shape = np.zeros(rows.shape[1])
+    while used:
+        lengths = np.linalg.norm(scaled[:, used], axis=0)
+        found, *_ = np.linalg.lstsq(scaled[:, used] / lengths, np.sqrt(weights), rcond=1e-6)
+        if (found >= 0).all():
+            shape[used] = found / lengths
+            break
+        used.pop(int(found.argmin()))
+    return shape

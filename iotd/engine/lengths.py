@@ -1,0 +1,30 @@
+"""How long answers usually come to be, which tells what to keep for one that waits. Knows no model and no clock."""
+
+from collections import deque
+from typing import Literal
+
+SEEN = 32
+"""Answers of a kind that are looked at, the last ones."""
+USUAL = 0.75
+"""Of them are no longer than what is usual."""
+AT_FIRST = {"text": 24, "form": 8, "labels": 0}
+Answers = Literal["text", "form", "labels"]
+
+
+class Lengths:
+    """Learns on the model's thread; any thread may ask. Answers of a given form count in runs, others in tokens."""
+
+    def __init__(self) -> None:
+        self._seen = {kind: deque([n], maxlen=SEEN) for kind, n in AT_FIRST.items()}
+        self._usual = dict(AT_FIRST)
+        self.run_tokens = 2
+        """Usual of a run in an answer of a given form."""
+
+    def usual(self, kind: Answers) -> int:
+        return self._usual[kind]
+
+    def learn(self, kind: Answers, n: int) -> None:
+        """One more answer has come to its end by itself."""
+        seen = self._seen[kind]
+        seen.append(n)
+        self._usual[kind] = max(1, sorted(seen)[int(USUAL * (len(seen) - 1))])

@@ -1,0 +1,178 @@
+"""How an answer fits into the time there is: the size of its images, whether and how long it thinks, its length.
+
+Pure: a function of an ask's work and of what work costs. Knows no clock and no queue.
+"""
+
+from dataclasses import dataclass
+from math import ceil, floor
+from typing import Literal
+
+from iotd.engine.costs import Costs
+from iotd.engine.lengths import Lengths
+from iotd.events import Plan, Timings
+
+LEAST_TOKENS = 4
+"""An answer of fewer is not worth giving."""
+LEAST_RUNS = 2
+"""The same for an answer of a given form: a run may bring many tokens, and it can be closed behind the first."""
+LEAST_THOUGHT = 8
+"""Tokens; with less time the model does not think."""
+ANSWER_SHARE = 1 / 3
+"""Of the tokens that there is time for, what is kept for the answer behind the thoughts; never less than is usual."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image on its way into a prompt: the tokens it takes at each size that it may have, the finest first."""
+
+    sizes: tuple[int, ...]
+    encoded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What answering takes, in tokens."""
+
+    kind: Literal["text", "form", "labels"]
+    position: int
+    """Tokens that are read already."""
+    parts: tuple[int | Picture, ...]
+    """The prompt: so many tokens of text, and images between them."""
+    max_tokens: int
+    thinking: bool = False
+    room: int = 1 << 30
+    """Tokens that can be read and said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, and what it was made with."""
+
+    plan: Plan
+    rung: int
+    """How many sizes each image was made smaller by, as far as it has so many."""
+    first_s: float
+    """From the beginning of its turn to its first token."""
+    run_s: float
+    """Each further run of it."""
+    least_s: float
+    """What the least answer takes, at a slow pace."""
+    reserved_s: float
+    """What the reserved tokens take."""
+
+
+class Planner:
+    """Plans for one model. From any thread."""
+
+    def __init__(self, costs: Costs, lengths: Lengths, chunk_tokens: int) -> None:
+        self._costs = costs
+        self._lengths = lengths
+        self._chunk_tokens = chunk_tokens
+
+    def fit(self, work: Work, time_s: float, queue_s: float = 0.0) -> Planned | None:
+        """The best plan that takes `time_s` from its turn on; None where there is none. queue_s: the wait before."""
+        usual = min(work.max_tokens, self._lengths.usual(work.kind))
+        best: Planned | None = None
+        for rung in range(_rungs(work)):
+            planned = self._at(work, rung, time_s, queue_s, usual)
+            if planned.least_s > time_s:
+                continue
+            best = planned
+            if planned.plan.answer_tokens >= usual:
+                break
+        return best
+
+    def least(self, work: Work) -> Planned:
+        """The plan that takes the least time."""
+        return self._at(work, _rungs(work) - 1, 0.0, 0.0, 1)
+
+    def run_sizes(self, work: Work, rung: int) -> list[int]:
+        """Tokens of each run that reads the prompt."""
+        sizes = _sizes(work, rung)
+        size = run_size(sum(sizes), self._chunk_tokens)
+        return [n for part in sizes for n in _cut(part, size)]
+
+    def _at(self, work: Work, rung: int, time_s: float, queue_s: float, usual: int) -> Planned:
+        images = [_at_rung(part, rung) for part in work.parts if isinstance(part, Picture)]
+        image_s = sum(
+            self._costs.image_s(_at_rung(part, rung))
+            for part in work.parts
+            if isinstance(part, Picture) and not part.encoded
+        )
+        prefill_s, end = self._prefill(work, rung)
+        first_s = image_s + prefill_s
+        run_s = self._run_s(work, end)
+        slow_s = self._run_s(work, end, slow=True)
+        least_tokens = {"text": min(LEAST_TOKENS, work.max_tokens), "form": LEAST_RUNS, "labels": 0}[work.kind]
+        least_s = image_s + prefill_s * self._costs.read_spread + least_tokens * slow_s
+        fits = work.max_tokens
+        if run_s > 0:
+            fits = max(1, min(work.max_tokens, floor((time_s - first_s - (slow_s - run_s)) / run_s) + 1))
+        fits = min(fits, max(1, work.room - end + work.position))
+        answer, thinking = self._shared(work, fits, usual)
+        reserved = min(answer, max(usual, least_tokens))
+        plan = Plan(
+            answer_tokens=answer if work.kind != "labels" else 0,
+            reserved_tokens=reserved if work.kind != "labels" else 0,
+            thinking_tokens=thinking,
+            image_tokens=sum(images),
+            predicted=Timings(
+                queue_s=queue_s,
+                image_s=image_s,
+                prefill_s=prefill_s,
+                decode_s=(answer + thinking - 1) * run_s if work.kind != "labels" else 0.0,
+                first_token_s=queue_s + first_s,
+                total_s=queue_s + first_s + (answer + thinking - 1) * run_s * (work.kind != "labels"),
+            ),
+        )
+        reserved_s = max(least_s, first_s + (reserved + min(thinking, usual)) * run_s) if run_s else least_s
+        return Planned(plan, rung, first_s, run_s, least_s, reserved_s)
+
+    def _shared(self, work: Work, fits: int, usual: int) -> tuple[int, int]:
+        """Tokens of the answer, and of the thoughts before it."""
+        if not work.thinking:
+            return fits, 0
+        answer = min(fits, max(usual, ceil(fits * ANSWER_SHARE)))
+        thinking = fits - answer
+        return (answer, thinking) if thinking >= LEAST_THOUGHT else (fits, 0)
+
+    def _prefill(self, work: Work, rung: int) -> tuple[float, int]:
+        """Seconds of the fork and of reading the prompt, and the position behind it."""
+        seconds, at = self._costs.fork_s(), work.position
+        runs = self.run_sizes(work, rung)
+        for i, n_tokens in enumerate(runs):
+            seconds += self._costs.read_s(n_tokens, at, logits=i + 1 == len(runs))
+            at += n_tokens
+        return seconds, at
+
+    def _run_s(self, work: Work, position: int, *, slow: bool = False) -> float:
+        if work.kind == "labels":
+            return 0.0
+        if work.kind == "form":
+            return self._costs.form_s(self._lengths.run_tokens, position, slow=slow)
+        return self._costs.step_s(position, slow=slow)
+
+
+def run_size(n_tokens: int, chunk_tokens: int) -> int:
+    """Tokens of each run at most, so that a prompt is read in even ones.
+
+    A short one at the end would take as long as several tokens of a longer one.
+    """
+    return -(-n_tokens // max(1, round(n_tokens / chunk_tokens)))
+
+
+def _sizes(work: Work, rung: int) -> list[int]:
+    return [_at_rung(part, rung) if isinstance(part, Picture) else part for part in work.parts]
+
+
+def _cut(n_tokens: int, size: int) -> list[int]:
+    return [min(size, n_tokens - start) for start in range(0, n_tokens, size)]
+
+
+def _rungs(work: Work) -> int:
+    return max([1, *(len(part.sizes) for part in work.parts if isinstance(part, Picture))])
+
+
+def _at_rung(picture: int | Picture, rung: int) -> int:
+    assert isinstance(picture, Picture)
+    return picture.sizes[min(rung, len(picture.sizes) - 1)]
