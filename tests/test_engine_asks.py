@@ -96,7 +96,9 @@ def test_without_the_context_only_the_system_prompt_is_before_the_question() -> 
 def test_thinking_changes_how_the_turn_closes() -> None:
     engine = DrivenEngine()
     prompt = [*b"how?", CLOSE, THINK]
-    assert engine.answer(thinking=True) == greedy(engine.model, engine, prompt, 4)
+    sink, _ = engine.ask(thinking=True)
+    engine.settle()
+    assert (sink.text, sink.thoughts) == ("", greedy(engine.model, engine, prompt, 4))
 
 
 def test_control_tokens_in_a_question_stay_text() -> None:

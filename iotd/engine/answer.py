@@ -22,7 +22,7 @@ from iotd.engine.sessions import Session, Sessions
 from iotd.errors import ContextOverflow, NotFound
 from iotd.events import FinishReason
 from iotd.model import Model
-from iotd.model.generation import Generation
+from iotd.model.generation import Generation, Said
 from iotd.model.state import State
 
 SENTENCE_TOKENS = 24
@@ -171,11 +171,11 @@ class Answer:
         near = self._call.ask.deadline_s - began_s < 4 * self._step_s
         run_tokens = generation.run_tokens
         with self._timed("decode_s"):
-            piece = generation.step(guess=not near)
+            said = generation.step(guess=not near)
         if run_tokens:
             self._step_s = (self._kit.clock() - began_s) / run_tokens
         self._call.meter.generation_tokens = generation.n_tokens
-        self._say(piece)
+        self._say(said)
 
     def _prompt(self) -> list[Chunk]:
         """The whole prompt in chunks. Raises where something is missing or does not fit; nothing has run by then."""
@@ -239,11 +239,12 @@ class Answer:
             self._parent.lend_to(self._kit.fork)
         self._call.meter.context_tokens = self._kit.fork.position
 
-    def _say(self, piece: str) -> None:
+    def _say(self, said: Said) -> None:
         now_s, meter = self._kit.clock(), self._call.meter
+        self._call.speak(said.thought, now_s, thought=True)
         step_s = meter.decode_s / max(1, meter.generation_tokens)
         near_end = self._free_text and self._call.ask.deadline_s - now_s < SENTENCE_TOKENS * step_s
-        self._call.speak(self._sentences.push(piece, near_end=near_end), now_s)
+        self._call.speak(self._sentences.push(said.answer, near_end=near_end), now_s)
 
     @contextmanager
     def _timed(self, name: Literal["image_s", "prefill_s", "decode_s"]) -> Iterator[None]:

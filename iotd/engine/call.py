@@ -64,21 +64,22 @@ class Call:
 
     @property
     def spoke(self) -> bool:
-        """Some text has been given."""
+        """Some text of the answer has been given; thoughts are none."""
         return self._spoke
 
     def expired(self, now_s: float) -> bool:
         return now_s >= self.ask.deadline_s
 
-    def speak(self, text: str, now_s: float) -> None:
-        """Give a piece of the answer; nothing happens where it is empty or the call has ended."""
+    def speak(self, text: str, now_s: float, *, thought: bool = False) -> None:
+        """Give a piece of the answer, or of the thoughts before it; nothing happens where it is empty or the call has
+        ended."""
         with self._lock:
             if self._ended or not text:
                 return
-            if not self._spoke:
+            if not self._spoke and not thought:
                 self._spoke = True
                 self.meter.first_token_s = now_s - self.ask.arrived_s
-            self._send(Delta(text))
+            self._send(Delta(text, thought))
 
     def end(self, event: Done | Failed, *, only_if_silent: bool = False) -> bool:
         """End the call. False where it had ended before, or, with `only_if_silent`, where text was given already."""
