@@ -52,3 +52,12 @@ def pieces_of(generation: Generation) -> list[str]:
     while not generation.done:
         pieces.append(generation.step().answer)
     return [*pieces, generation.flush().answer]
+
+
+def told(generation: Generation) -> tuple[str, str]:
+    """Thoughts and answer, whole."""
+    said = []
+    while not generation.done:
+        said.append(generation.step())
+    said.append(generation.flush())
+    return "".join(each.thought for each in said), "".join(each.answer for each in said)

@@ -10,7 +10,7 @@ from engine_driver import DrivenEngine
 from fake_model import CONTROLS, EOS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_decoder import Script
+from scripted_decoder import Script, told
 from scripted_model import ScriptedModel
 
 from iotd.errors import DeadlineExceeded
@@ -24,15 +24,6 @@ THINK_END = 256 + CONTROLS.index("</think>")
 @pytest.fixture(scope="module")
 def model(tiny_package: Path) -> Model:
     return Model.open(tiny_package, threads=1)
-
-
-def told(generation: Generation) -> tuple[str, str]:
-    """Thoughts and answer, whole."""
-    said = []
-    while not generation.done:
-        said.append(generation.step())
-    said.append(generation.flush())
-    return "".join(each.thought for each in said), "".join(each.answer for each in said)
 
 
 def thinking(model: Model, tokens: Sequence[int], **options: Any) -> tuple[Script, Generation]:

@@ -47,6 +47,7 @@ COUNTS = (
     "asks_expired",
     "asks_failed",
     "asks_rejected",
+    "asks_repetition",
     "coalesced_readings",
     "context_swaps",
     "context_tokens_read",

@@ -58,7 +58,7 @@ class ConstrainedGeneration(Generation):
     def _draw_one(self) -> None:
         allowed = self._constraint.allowed()
         if not len(allowed):
-            self._end(FinishReason.LENGTH)
+            self._cut(FinishReason.LENGTH)
             return
         (logits,) = self._read([], only=allowed)
         token = int(allowed[self._sampler.draw(logits[allowed])])
@@ -75,15 +75,15 @@ class ConstrainedGeneration(Generation):
             self.finish_reason = FinishReason.STOP
             return
         if not self._constraint.take(tokens, self._max_tokens - self.n_tokens - len(tokens)):
-            self._end(FinishReason.LENGTH)
+            self._cut(FinishReason.LENGTH)
             return
         self._append(tokens)
         if self._constraint.ended:
             self.finish_reason = FinishReason.STOP
         elif not self._has_room():
-            self._end(FinishReason.LENGTH)
+            self._cut(FinishReason.LENGTH)
 
-    def _end(self, reason: FinishReason) -> None:
+    def _cut(self, reason: FinishReason) -> None:
         self.finish_reason = reason
         self._append(self._constraint.closing)
 

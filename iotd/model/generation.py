@@ -15,6 +15,7 @@ from iotd.model.decoder import Decoder
 from iotd.model.endings import Endings
 from iotd.model.head import MOST_ROWS
 from iotd.model.lookup import Lookup
+from iotd.model.repetition import Repetition
 from iotd.model.sampling import Sampler
 from iotd.model.state import State
 
@@ -56,7 +57,7 @@ class Generation:
     """Continues `state`, whose last logits are given, until the turn ends.
 
     With `sampling.thinking` it begins inside of a thought that the prompt has opened. Stop strings count in the answer
-    alone, as does the end of the turn: in a thought it ends the thought.
+    alone, as does what ends an answer: the end of the turn, or a repetition, ends only the thought where it is in one.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Generation:
         self._max_tokens = sampling.max_tokens
         self._text = text
         self._stops = StopStrings(sampling.stop)
+        self._repetition = Repetition()
         self._endings = endings
         self._drafting = drafting
         self._beside = drafting.beside if drafting else None
@@ -165,17 +167,23 @@ class Generation:
             thought = self._endings.thought
             self._begin_answer(thought[thought.index(token) :])
         elif token in self._endings.turn:
-            if self.thinking:
-                self.end_thought()
-            else:
-                self.finish_reason = FinishReason.STOP
+            self._end(FinishReason.STOP)
         else:
             self._add([token])
             self._hear(self._text.push(token))
             if self._stops.met:
                 self.finish_reason = FinishReason.STOP
+            elif self._repetition.push(token):
+                self._end(FinishReason.REPETITION)
             elif not self._has_room():
                 self.finish_reason = FinishReason.LENGTH
+
+    def _end(self, reason: FinishReason) -> None:
+        """The thought, or the answer."""
+        if self.thinking:
+            self.end_thought()
+        else:
+            self.finish_reason = reason
 
     def _begin_answer(self, tokens: Sequence[int]) -> None:
         """These tokens end the thought."""
@@ -185,6 +193,7 @@ class Generation:
         self._hear(self._text.flush())
         self._add(tokens)
         self._logits = None
+        self._repetition = Repetition()
         self.thinking = False
 
     def _add(self, tokens: Sequence[int]) -> None:
