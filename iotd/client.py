@@ -12,7 +12,7 @@ Everything raises children of iotd.errors.IotdError, as the server names them.
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypedDict, Unpack
@@ -110,6 +110,8 @@ class Answer:
     timings: Timings
     session: str = ""
     """What a further ask goes on from; empty unless this one was told to keep it."""
+    thoughts: str = ""
+    """What the model thought before it answered; empty unless this was told to, with `thinking`."""
 
 
 class _Stream:
@@ -120,10 +122,18 @@ class _Stream:
         self._target = target
         self._cancelled = False
         self._pieces: list[str] = []
+        self._thoughts: list[str] = []
+        self.on_thought: Callable[[str], object] | None = None
+        """Called with each piece of the model's thoughts; the iteration has those of the answer."""
         self.accepted: Accepted | None = None
         """Set before the first piece."""
         self.done: Done | None = None
         """Set after the last piece."""
+
+    @property
+    def thoughts(self) -> str:
+        """The model's, so far."""
+        return "".join(self._thoughts)
 
     @property
     def result(self) -> Answer:
@@ -131,7 +141,8 @@ class _Stream:
         if self.done is None:
             raise errors.Unavailable("the answer has not ended: read the stream to its end first")
         done = self.done
-        return Answer("".join(self._pieces), done.finish_reason, done.usage, done.timings, done.session)
+        text = "".join(self._pieces)
+        return Answer(text, done.finish_reason, done.usage, done.timings, done.session, self.thoughts)
 
     def cancel(self) -> None:
         """Stop the model, if it still runs; the iteration ends."""
@@ -142,6 +153,10 @@ class _Stream:
         match event.WhichOneof("event"):
             case "accepted":
                 self.accepted = _accepted(event.accepted)
+            case "delta" if event.delta.thought:
+                self._thoughts.append(event.delta.text)
+                if self.on_thought is not None:
+                    self.on_thought(event.delta.text)
             case "delta":
                 self._pieces.append(event.delta.text)
                 return event.delta.text

@@ -38,7 +38,11 @@ class Sink(list[AnswerEvent]):
 
     @property
     def text(self) -> str:
-        return "".join(event.text for event in self if isinstance(event, Delta))
+        return "".join(event.text for event in self if isinstance(event, Delta) and not event.thought)
+
+    @property
+    def thoughts(self) -> str:
+        return "".join(event.text for event in self if isinstance(event, Delta) and event.thought)
 
     @property
     def end(self) -> Done | Failed | None:

@@ -16,11 +16,12 @@ from iotd.errors import ContextOverflow, StateMismatch
 from iotd.events import RGB, Format, Sampling
 from iotd.model.chat import ChatTemplate, ImagePieces, Turn
 from iotd.model.constrained import ConstrainedGeneration
+from iotd.model.endings import Endings
 from iotd.model.generation import Generation
 from iotd.model.grammar import Constraint, Grammars
 
 MODULUS = (1 << 61) - 1
-CONTROLS = ["<user>", "<system>", "<end>", "<image>", "</image>", "<close>", "<think>"]
+CONTROLS = ["<user>", "<system>", "<end>", "<image>", "</image>", "<close>", "<think>", "</think>"]
 """Control tokens; their ids follow those of the bytes."""
 VOCAB = 256 + len(CONTROLS) + 1
 EOS = VOCAB - 1
@@ -143,6 +144,7 @@ CHAT = ChatTemplate(
     generation="",
     generation_thinking="<think>",
     image=ImagePieces("<image>", "", "</image>"),
+    thinking_end="</think>",
 )
 
 
@@ -157,6 +159,7 @@ class FakeModel:
         self.spec = SimpleNamespace(vision=SimpleNamespace(size_factor=PIXELS_PER_SIDE) if vision else None)
         self.tokenizer = FakeTokenizer()
         self.chat = CHAT
+        self.endings = Endings.of(self.tokenizer, CHAT, {EOS})  # type: ignore[arg-type] # a stand-in
         self._grammars = Grammars(self.tokenizer, {EOS})  # type: ignore[arg-type] # a stand-in
         self._eos_every = eos_every
         self.n_states = 0
@@ -214,7 +217,7 @@ class FakeModel:
         said: Iterable[int] | None = None,
         constraint: Constraint | None = None,
     ) -> Generation:
-        parts: Any = self, state, logits, sampling, self.tokenizer.stream(), {EOS}
+        parts: Any = self, state, logits, sampling, self.tokenizer.stream(), self.endings
         return Generation(*parts) if constraint is None else ConstrainedGeneration(*parts, constraint)
 
     def logits(self, state: FakeState) -> Floats:

@@ -88,6 +88,10 @@ class ScriptedTicket:
         for piece in pieces:
             self.sink(Delta(piece))
 
+    def think(self, *pieces: str) -> None:
+        for piece in pieces:
+            self.sink(Delta(piece, thought=True))
+
     def finish(self, done: Done = DONE) -> None:
         self.sink(done)
 

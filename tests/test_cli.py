@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ import click
 import jsonschema
 import pytest
 from daemon import ServeProcess, serving, write_config
+from scripted_engine import ScriptedTicket, running
 
 from iotd.cli import commands
 from iotd.cli.options import DURATION
@@ -117,6 +120,43 @@ def test_json_gives_one_event_a_line_and_how_it_ended(daemon: ServeProcess) -> N
     assert last["done"]["finish_reason"] in ("stop", "length")
     assert last["done"]["usage"]["generation_tokens"] <= 4
     assert last["done"]["timings"]["total_s"] > 0
+
+
+@pytest.fixture
+def thinker() -> Iterator[str]:
+    """A server that thinks before it answers: its target."""
+
+    def reply(ticket: ScriptedTicket) -> None:
+        ticket.think("Let me\x1b[2J ", "see.")
+        ticket.say("Yes.")
+        ticket.finish()
+
+    with running() as server:
+        server.engine.script = reply
+        yield server.target
+
+
+def test_thoughts_are_lines_of_their_own_in_json_and_else_out_of_the_way(thinker: str) -> None:
+    ask = ["ask", "Is a door open?", "--thinking", "--target", thinker]
+    lines = [json.loads(line) for line in iotd(*ask, "--json").stdout.splitlines()]
+    assert "".join(line.get("thought", "") for line in lines) == "Let me\x1b[2J see."
+    assert "".join(line.get("delta", "") for line in lines) == "Yes."
+    result = iotd(*ask)
+    assert (result.stdout, result.stderr) == ("Yes.\n", "")
+
+
+def test_a_terminal_shows_thoughts_dimmed_and_above_the_answer(thinker: str) -> None:
+    """Without what could steer it."""
+    ours, terminal = pty.openpty()
+    args = [sys.executable, "-m", "iotd", "ask", "Is a door open?", "--thinking", "--target", thinker]
+    answer = subprocess.check_output(args, stderr=terminal, timeout=60, text=True)
+    shown = os.read(ours, 4096).decode()
+    os.close(terminal)
+    os.close(ours)
+    assert answer == "Yes.\n"
+    thoughts, _, rest = re.sub(r"\x1b\[[02]?m", "", shown).partition("\r\n")
+    assert (thoughts, rest[:5]) == ("Let me[2J see.", "stop:")
+    assert "\x1b[2m" in shown
 
 
 @pytest.mark.parametrize("as_file", [False, True])

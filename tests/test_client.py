@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,20 @@ def test_pieces_come_one_by_one_and_the_result_follows(daemon: Daemon, client: C
     assert list(pieces) == []
     assert stream.done == DONE
     assert stream.result == WHOLE
+
+
+def test_thoughts_stand_beside_the_answer(daemon: Daemon, client: Client) -> None:
+    """They are told as they come, and are no pieces of it."""
+    told: list[str] = []
+    stream = client.ask("Is a door open?", thinking=True)
+    stream.on_thought = told.append
+    ticket = daemon.engine.next()
+    ticket.think("Let me ", "see.")
+    reply(ticket)
+    assert "".join(stream) == "Yes, the door."
+    assert "".join(told) == "Let me see."
+    assert stream.thoughts == "Let me see."
+    assert stream.result == replace(WHOLE, thoughts="Let me see.")
 
 
 def test_answer_waits_for_the_whole(daemon: Daemon, client: Client) -> None:

@@ -13,6 +13,7 @@ from fake_model import CONTROLS, FakeModel
 from iotd.config import AskConfig
 from iotd.engine.answer import Answer
 from iotd.engine.context import SLACK_TOKENS
+from iotd.engine.plan import ANSWER_SHARE
 from iotd.engine.worker import MOST_OWED_S, READING_SHARE
 from iotd.errors import (
     ContextOverflow,
@@ -99,7 +100,11 @@ def test_without_the_context_only_the_system_prompt_is_before_the_question() -> 
 def test_thinking_changes_how_the_turn_closes() -> None:
     engine = DrivenEngine()
     prompt = [*b"how?", CLOSE, THINK]
-    assert engine.answer(thinking=True, max_tokens=64) == greedy(engine.model, engine, prompt, 64)
+    sink, _ = engine.ask(thinking=True, max_tokens=64)
+    engine.settle()
+    assert sink.thoughts
+    assert greedy(engine.model, engine, prompt, 64).startswith(sink.thoughts)
+    assert len(sink.text) >= 64 * ANSWER_SHARE
 
 
 def test_control_tokens_in_a_question_stay_text() -> None:

@@ -51,6 +51,15 @@ def test_an_empty_piece_is_not_a_word() -> None:
     assert sink == []
 
 
+def test_a_thought_is_not_a_word() -> None:
+    sink = Sink()
+    call = make_call(sink)
+    call.speak("Hm.", 11.0, thought=True)
+    assert sink == [Delta("Hm.", thought=True)]
+    assert isinstance(call.overdue(12.0), Failed)
+    assert call.end(Failed(DeadlineExceeded("late")))
+
+
 def test_an_overdue_call_ends_with_what_it_said_or_with_an_error() -> None:
     silent, spoken = make_call(Sink()), make_call(Sink())
     spoken.speak("a", 11.0)

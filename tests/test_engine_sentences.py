@@ -1,14 +1,12 @@
 """An answer whose time ends is told up to its last whole sentence; every other is told whole, as it comes."""
 
 from itertools import pairwise
-from typing import Any
 
-import numpy as np
 import pytest
 from engine_driver import DrivenEngine
-from fake_model import EOS, VOCAB, FakeModel, FakeState, Floats
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted_model import ScriptedModel
 
 from iotd.engine.sentences import Sentences
 from iotd.events import Done, FinishReason
@@ -52,35 +50,17 @@ def test_an_answer_that_ends_by_itself_is_told_whole(text: str, cuts: list[int],
     assert text.startswith(cut)
 
 
-class Scripted(FakeModel):
-    """Writes this text after every prompt."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.text = text
-        self.n_steps = 0
-
-    def logits(self, state: FakeState) -> Floats:
-        found = np.zeros(VOCAB, np.float32)
-        found[ord(self.text[self.n_steps]) if self.n_steps < len(self.text) else EOS] = 1
-        return found
-
-    def step(self, state: FakeState, token: int, **_: Any) -> Floats:
-        self.n_steps += 1
-        return super().step(state, token)
-
-
 def test_a_budget_that_ends_within_a_sentence_leaves_it_out() -> None:
-    model = Scripted("It is warm. The window stands open.")
+    text = "It is warm. The window stands open."
+    model = ScriptedModel(text.encode())
     engine = DrivenEngine(model)
     engine.clock.costs_s = {"step": 0.1}
     sink, _ = engine.ask(max_tokens=200)
     engine.settle()
     assert isinstance(sink.end, Done)
-    assert sink.text == model.text
+    assert sink.text == text
     for left_out in (3, 10, 17):
-        model.n_steps = 0
-        budget_s = sink.end.timings.total_s * (1 - left_out / len(model.text))
+        budget_s = sink.end.timings.total_s * (1 - left_out / len(text))
         cut, _ = engine.ask(budget_s=budget_s, max_tokens=200)
         engine.settle()
         assert isinstance(cut.end, Done)

@@ -17,6 +17,7 @@ from iotd.errors import InvalidInput
 from iotd.events import FinishReason, Format, Sampling
 from iotd.model import Model, State, grammar
 from iotd.model.constrained import ConstrainedGeneration
+from iotd.model.generation import Said
 from iotd.model.grammar import MAX_BYTES, Grammars
 
 MOST = 10_000
@@ -98,8 +99,8 @@ def begun(model: Model, format: Format, sampling: Sampling, capacity: int = 300)
 def run(generation: ConstrainedGeneration) -> str:
     text = ""
     while not generation.done:
-        text += generation.step()
-    return text + generation.flush()
+        text += generation.step().answer
+    return text + generation.flush().answer
 
 
 @settings(deadline=None, max_examples=40)
@@ -144,15 +145,15 @@ def test_an_answer_is_valid_wherever_it_is_closed(model: Model, value: Any, seed
     text = ""
     for _ in range(n_steps):
         if not generation.done:
-            text += generation.step()
+            text += generation.step().answer
     if not generation.done:
-        text += generation.close()
-    check(value, text + generation.flush())
+        text += generation.close().answer
+    check(value, text + generation.flush().answer)
 
 
 def test_nothing_is_closed_that_was_not_begun(model: Model) -> None:
     generation = begun(model, schema({"type": "object", "properties": {"a": {}}, "required": ["a"]}), GREEDY)
-    assert generation.close() == generation.flush() == ""
+    assert generation.close() == generation.flush() == Said()
 
 
 @settings(deadline=None, max_examples=30)
@@ -174,12 +175,12 @@ def test_one_of_the_choices_is_the_answer(model: Model, choices: list[str], seed
         return
     for most in (1, 100):
         generation = begun(model, form("choices", *choices), Sampling(temperature=1.0, top_k=0, seed=seed))
-        text = generation.step()
+        text = generation.step().answer
         while not generation.done and generation.n_tokens < most:
-            text += generation.step()
+            text += generation.step().answer
         if not generation.done:
-            text += generation.close()
-        assert text + generation.flush() in choices
+            text += generation.close().answer
+        assert text + generation.flush().answer in choices
 
 
 def test_no_choice_is_cut_for_another(model: Model) -> None:

@@ -85,9 +85,9 @@ def test_too_much_is_not_verified(model: Model) -> None:
 def run(generation: Generation) -> tuple[str, int]:
     text, runs = "", 0
     while not generation.done:
-        text += generation.step()
+        text += generation.step().answer
         runs += 1
-    return text + generation.flush(), runs
+    return text + generation.flush().answer, runs
 
 
 GREEDY = Sampling(temperature=0.0, presence_penalty=0.0, max_tokens=40)

@@ -1,6 +1,5 @@
 """A model opened from a package: chunks, prompts, and answers as they stream."""
 
-from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scripted_decoder import Script, pieces_of
 
 from iotd.convert.convert import convert_random
 from iotd.errors import ContextOverflow, InvalidInput
 from iotd.events import FinishReason, Sampling
-from iotd.model import Model, State
-from iotd.model.generation import Generation, StopStrings
+from iotd.model import Model
+from iotd.model.generation import StopStrings
 
 TOLERANCE = {"fp32": 2e-4, "int4": 6e-2}
 """Of logits between chunkings: kernels for one token and for several add up in other orders, and where activations are
@@ -105,11 +105,11 @@ def test_an_image_matters_and_so_does_its_place(model: Model) -> None:
     assert all(np.abs(one - other).max() > 1e-3 for one, other in pairwise([*answers, answers[0]]))
 
 
-def test_states_of_any_capacity_take_turns(model: Model) -> None:
+def test_states_of_any_capacity_take_turns(model: Model, tiny_int4_package: Path) -> None:
     """A later, larger one, for which the rotary tables grow, leaves the earlier ones right."""
     alone = model.new_state(40)
     expected = [model.step(alone, token).copy() for token in range(1, 6)]
-    other = Model.open(model._folder, threads=1)
+    other = Model.open(tiny_int4_package, threads=1)
     small = other.new_state(40)
     found = [other.step(small, 1).copy()]
     for token, capacity in zip(range(2, 6), (10, 100, 41, 500), strict=True):
@@ -156,38 +156,6 @@ def test_a_model_without_vision_refuses_images(text_model: Model) -> None:
 
 def with_image(question: str, image: Any = IMAGE) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
-
-
-class Script:
-    """Stands in for the decoder: makes a generation draw these tokens, and remembers what was read."""
-
-    def __init__(self, model: Model, tokens: Sequence[int]) -> None:
-        self.model = model
-        self.tokens = list(tokens)
-        self.read: list[int] = []
-
-    def logits(self) -> Floats:
-        found = np.zeros(self.model.spec.vocab_size, np.float32)
-        found[self.tokens[len(self.read)]] = 1
-        return found
-
-    def step(self, state: State, token: int, **_: Any) -> Floats:
-        self.read.append(token)
-        state.position += 1
-        return self.logits()
-
-    def generation(self, capacity: int = 1000, **sampling: Any) -> Generation:
-        options = Sampling(**{"temperature": 0.0, "presence_penalty": 0.0, **sampling})
-        stream, state = self.model.tokenizer.stream(), self.model.new_state(capacity)
-        ends = self.model.spec.eos_token_ids
-        return Generation(self, state, self.logits(), options, stream, ends)  # type: ignore[arg-type] # a stand-in
-
-
-def pieces_of(generation: Generation) -> list[str]:
-    pieces = []
-    while not generation.done:
-        pieces.append(generation.step())
-    return [*pieces, generation.flush()]
 
 
 def test_a_character_split_over_tokens_is_held_back(model: Model) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer, in tokens.")
 @click.option("--temperature", type=Number(0), help="0 takes the most likely token each time.")
 @click.option("--seed", type=click.IntRange(0), help="The same seed gives the same answer.")
-@click.option("--thinking", is_flag=True, help="Let the model think first.")
+@click.option("--thinking", is_flag=True, help="Let the model think first; a terminal shows how.")
 @JSON
 def ask(question: str, target: str, as_json: bool, **options: Any) -> None:
     """Ask the daemon one QUESTION; the answer streams to the terminal."""
@@ -47,7 +48,10 @@ def ask(question: str, target: str, as_json: bool, **options: Any) -> None:
         "choices": options.pop("choices") or None,
     }
     with Client(target, **files) as client, client.ask(question, **options) as answer:
-        for piece in answer:
+        answer.on_thought = partial(_tell_thought, as_json=as_json)
+        for n, piece in enumerate(answer):
+            if n == 0 and not as_json:
+                _end_thoughts(answer.thoughts)
             click.echo(json.dumps({"delta": piece}) if as_json else visible(piece), nl=as_json)
             sys.stdout.flush()
         if as_json:
@@ -55,6 +59,20 @@ def ask(question: str, target: str, as_json: bool, **options: Any) -> None:
         else:
             click.echo()
             _tell_end(answer.result)
+
+
+def _tell_thought(piece: str, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"thought": piece}))
+        sys.stdout.flush()
+    elif sys.stderr.isatty():
+        click.secho(visible(piece, err=True), dim=True, nl=False, err=True)
+
+
+def _end_thoughts(thoughts: str) -> None:
+    """So that the answer begins on a line of its own."""
+    if sys.stderr.isatty() and thoughts and not thoughts.endswith("\n"):
+        click.echo(err=True)
 
 
 def _tell_end(answer: "Answer") -> None:

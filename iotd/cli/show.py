@@ -32,9 +32,10 @@ def extra(name: str) -> Iterator[None]:
         raise click.ClickException(f"{e.name} is not installed: pip install 'iotd[{name}]'") from e
 
 
-def visible(text: str) -> str:
-    """On a terminal, without the control characters that could steer it."""
-    return "".join(c for c in text if c.isprintable() or c in "\n\t") if sys.stdout.isatty() else text
+def visible(text: str, *, err: bool = False) -> str:
+    """On a terminal, without the control characters that could steer it. err: for what goes to stderr."""
+    stream = sys.stderr if err else sys.stdout
+    return "".join(c for c in text if c.isprintable() or c in "\n\t") if stream.isatty() else text
 
 
 def plain(data: Any) -> dict[str, object]:

@@ -101,6 +101,8 @@ _SPECIAL_TOKENS = {
     "<|vision_pad|>": 11,
     "<|image_pad|>": 12,
     "<|video_pad|>": 13,
+    "<think>": 24,
+    "</think>": 25,
 }
 _SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnpqrstvwyz" for vowel in "aeiou"]
 _N_SPECIAL = 276  # rows of the published vocabulary from its first special token on, unused ones included

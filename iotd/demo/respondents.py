@@ -81,8 +81,8 @@ class PackageRespondent:
         generation = self._model.generation(self._fork, logits, sampling)
         text = ""
         while not generation.done:
-            text += generation.step()
-        return text + generation.flush()
+            text += generation.step().answer
+        return text + generation.flush().answer
 
     def _entry(self, event: Heard | Seen) -> Entry:
         observation = event.observation()

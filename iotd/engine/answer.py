@@ -18,9 +18,9 @@ from iotd.engine.plan import LEAST_TOKENS, Planned, Planner, run_size
 from iotd.engine.prompt import Prompts
 from iotd.engine.sentences import Sentences
 from iotd.engine.sessions import Session
-from iotd.events import FinishReason
+from iotd.events import FinishReason, Plan
 from iotd.model import Model
-from iotd.model.generation import Generation
+from iotd.model.generation import Generation, Said
 from iotd.model.state import State
 
 SENTENCE_TOKENS = 24
@@ -121,13 +121,18 @@ class Answer:
             return FinishReason.BUDGET if self._call.expired(self._kit.clock()) else None
         return None if self._runs_left() else FinishReason.BUDGET
 
+    @property
+    def _plan(self) -> Plan:
+        assert self._call.planned is not None
+        return self._call.planned.plan
+
     def _finished(self) -> FinishReason | None:
         return None if self._generation is None else self._generation.finish_reason
 
     def _runs_left(self) -> int:
         """Further runs of the model that there is time for; one at least until something was chosen."""
         assert self._generation is not None
-        ends_s, said = self._call.ask.deadline_s, self._generation.n_tokens
+        ends_s, said = self._call.ask.deadline_s, self._generation.n_tokens - self._generation.n_thinking_tokens
         if said >= LEAST_TOKENS:
             ends_s = min(ends_s, self._kit.latest_end_s())
         left_s = ends_s - self._kit.clock()
@@ -150,7 +155,7 @@ class Answer:
         if call.ask.session is not None:
             self._session = kit.prompts.sessions.get(call.ask.session)
         prompt = self._prompt()
-        sampling, form = call.ask.sampling, call.ask.format
+        sampling, form = replace(call.ask.sampling, thinking=self._plan.thinking_tokens > 0), call.ask.format
         constraint = kit.model.constraint(form, sampling.max_tokens) if form is not None else None
         self._fork()
         yield
@@ -212,24 +217,26 @@ class Answer:
         return found
 
     def _step(self, generation: Generation) -> None:
-        guess = self._kit.drafting and self._runs_left() > GUESS_TOKENS
+        runs_left, plan = self._runs_left(), self._plan
+        if runs_left <= plan.answer_tokens or generation.n_tokens >= plan.thinking_tokens:
+            generation.end_thought()
+        guess = self._kit.drafting and runs_left > GUESS_TOKENS
         n_before = generation.n_tokens
         with self._timed("decode_s"), self._measured(generation, guess):
-            piece = generation.step(guess=guess)
-        meter, planned = self._call.meter, self._call.planned
+            said = generation.step(guess=guess)
+        meter = self._call.meter
         meter.runs += n_before > 0
         meter.generation_tokens = generation.n_tokens
-        if planned is not None:
-            left = max(1, planned.plan.reserved_tokens - generation.n_tokens)
-            self._call.reserved_end_s = self._kit.clock() + left * planned.run_s
-        self._say(piece)
+        left = max(1, plan.reserved_tokens + plan.thinking_tokens - generation.n_tokens)
+        self._call.reserved_end_s = self._kit.clock() + left * self._run_s()
+        self._say(said)
 
     def _measured(self, generation: Generation, guess: bool) -> AbstractContextManager[None]:
         """Around a run of the model; the first token is drawn without one, and guesses are no usual runs."""
         n_unread, position, costs = len(generation.unread), generation.state.position, self._kit.costs
-        if not n_unread or guess:
-            return nullcontext()
-        return costs.step(position) if self._free_text else costs.form(n_unread, position)
+        if not self._free_text and n_unread:
+            return costs.form(n_unread, position)
+        return costs.step(position) if n_unread == 1 and not guess else nullcontext()
 
     def _said(self, prompt: list[Chunk]) -> Iterator[int]:
         """Tokens that the answer may quote; what a session has read long ago is not among them."""
@@ -244,11 +251,13 @@ class Answer:
             self._kit.prompts.parent(self._call.ask).lend_to(self._kit.fork)
         self._call.meter.context_tokens = self._kit.fork.position
 
-    def _say(self, piece: str) -> None:
+    def _say(self, said: Said) -> None:
         assert self._generation is not None
+        now_s = self._kit.clock()
+        self._call.speak(said.thought, now_s, thought=True)
         near_end = self._free_text and self._runs_left() <= SENTENCE_TOKENS
-        text = self._sentences.push(piece, near_end=near_end)
-        self._call.speak(text, self._kit.clock(), ending=self._generation.ending)
+        text = self._sentences.push(said.answer, near_end=near_end)
+        self._call.speak(text, now_s, ending=self._generation.ending)
 
     @contextmanager
     def _timed(self, name: Literal["image_s", "prefill_s", "decode_s"]) -> Iterator[None]:

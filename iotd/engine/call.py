@@ -73,14 +73,14 @@ class Call:
 
     @property
     def spoke(self) -> bool:
-        """Some text has been given."""
+        """Some text of the answer has been given; thoughts are none."""
         return self._spoke
 
     def expired(self, now_s: float) -> bool:
         return now_s >= self.ask.deadline_s
 
-    def speak(self, text: str, now_s: float, ending: str = "") -> None:
-        """Give a piece of the answer, which may be empty; nothing happens where the call has ended.
+    def speak(self, text: str, now_s: float, *, thought: bool = False, ending: str = "") -> None:
+        """Give a piece of the answer, or of the thoughts before it; nothing happens where the call has ended.
 
         ending: what makes the answer whole, should its deadline come before the next piece.
         """
@@ -90,10 +90,10 @@ class Call:
             self._ending = ending
             if not text:
                 return
-            if not self._spoke:
+            if not self._spoke and not thought:
                 self._spoke = True
                 self.meter.first_token_s = now_s - self.ask.arrived_s
-            self._send(Delta(text))
+            self._send(Delta(text, thought))
 
     def end(self, event: Done | Failed) -> bool:
         """End the call. False where it had ended before."""

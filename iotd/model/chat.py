@@ -138,6 +138,16 @@ class ChatTemplate:
         """The end of the open user's turn, and the opening of the answer."""
         return [TemplateText(self.user.after + self._generation(thinking))]
 
+    @property
+    def thought_end(self) -> str:
+        """Stands between thoughts and answer; empty where the template does not let the model think.
+
+        With thinking off, the template itself writes it behind the thoughts that it has opened.
+        """
+        if self.generation.startswith(self.generation_thinking):
+            return self.generation.removeprefix(self.generation_thinking)
+        return self.thinking_end
+
     def image_segments(self, image: Any) -> list[Segment]:
         """One image within a user's turn. Raises InvalidInput where the template takes none."""
         if self.image is None:

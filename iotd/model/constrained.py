@@ -1,11 +1,12 @@
 """An answer in the making that keeps to a form, and is valid wherever it ends. Knows no clock, as its parent."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import replace
 
 from iotd.events import FinishReason, Sampling
 from iotd.model.decoder import Decoder
-from iotd.model.generation import GUESS_COST, Floats, Generation, TextStream
+from iotd.model.endings import Endings
+from iotd.model.generation import Floats, Generation, Said, TextStream
 from iotd.model.grammar import Constraint
 from iotd.model.state import State
 
@@ -25,67 +26,72 @@ class ConstrainedGeneration(Generation):
         logits: Floats,
         sampling: Sampling,
         text: TextStream,
-        eos_token_ids: Collection[int],
+        endings: Endings,
         constraint: Constraint,
     ) -> None:
-        super().__init__(decoder, state, logits, replace(sampling, presence_penalty=0.0, stop=()), text, eos_token_ids)
+        plain = replace(sampling, presence_penalty=0.0, stop=(), thinking=False)
+        super().__init__(decoder, state, logits, plain, text, endings)
         self._constraint = constraint
         self._n_drawn = 0
 
     @property
     def run_tokens(self) -> float:
-        return 1 + GUESS_COST * (len(self.unread) - 1) if self._n_drawn else 0.0
+        return super().run_tokens if self._n_drawn else 0.0
 
-    def step(self, *, guess: bool = True) -> str:
+    def step(self, *, guess: bool = True) -> Said:
         """Run the model once, draw one token, and return its text with all that is forced around it."""
-        text = ""
         if self._logits is not None:
-            text = self._say_forced()
+            self._say_forced()
             if self.unread:
                 self._logits = None
-        if self.done:
-            return text
+        if not self.done:
+            self._draw_one()
+            self._say_forced()
+        return self._told()
+
+    def _draw_one(self) -> None:
         allowed = self._constraint.allowed()
         if not len(allowed):
-            return text + self._end(FinishReason.LENGTH)
+            self._cut(FinishReason.LENGTH)
+            return
         (logits,) = self._read([], only=allowed)
         token = int(allowed[self._sampler.draw(logits[allowed])])
         self._n_drawn += 1
-        return text + self._say([token]) + self._say_forced()
+        self._say([token])
 
     @property
     def ending(self) -> str:
         return self._text.peek(self._constraint.closing) if self._n_drawn and not self.done else ""
 
-    def close(self) -> str:
+    def close(self) -> Said:
         """A short rest of an answer from here; nothing where the model has not chosen anything yet."""
-        return self._append(self._constraint.closing) if self._n_drawn else ""
+        if self._n_drawn:
+            self._append(self._constraint.closing)
+        return self._told()
 
-    def _say_forced(self) -> str:
-        text = ""
+    def _say_forced(self) -> None:
         while not self.done and (forced := self._constraint.forced()):
-            text += self._say(forced)
-        return text
+            self._say(forced)
 
-    def _say(self, tokens: list[int]) -> str:
+    def _say(self, tokens: list[int]) -> None:
         """Say allowed tokens, or close where there is no room to go on by them."""
-        if tokens[0] in self._eos:
+        if tokens[0] in self._endings.turn:
             self.finish_reason = FinishReason.STOP
-            return ""
+            return
         if not self._constraint.take(tokens, self._max_tokens - self.n_tokens - len(tokens)):
-            return self._end(FinishReason.LENGTH)
-        text = self._append(tokens)
+            self._cut(FinishReason.LENGTH)
+            return
+        self._append(tokens)
         if self._constraint.ended:
             self.finish_reason = FinishReason.STOP
-        elif self.n_tokens >= self._max_tokens or self.state.available < len(self.unread):
-            text += self._end(FinishReason.LENGTH)
-        return text
+        elif not self._has_room():
+            self._cut(FinishReason.LENGTH)
 
-    def _end(self, reason: FinishReason) -> str:
+    def _cut(self, reason: FinishReason) -> None:
         self.finish_reason = reason
-        return self._append(self._constraint.closing)
+        self._append(self._constraint.closing)
 
-    def _append(self, tokens: list[int]) -> str:
-        self.unread += tokens
-        self.n_tokens += len(tokens)
-        return "".join(map(self._text.push, tokens))
+    def _append(self, tokens: Sequence[int]) -> None:
+        self._add(tokens)
+        for token in tokens:
+            self._hear(self._text.push(token))

@@ -3,17 +3,19 @@
 Knows no clock: whoever drives it checks its deadline between steps.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from iotd.events import FinishReason, Sampling
 from iotd.model.decoder import Decoder
+from iotd.model.endings import Endings
 from iotd.model.head import MOST_ROWS
 from iotd.model.lookup import Lookup
+from iotd.model.repetition import Repetition
 from iotd.model.sampling import Sampler
 from iotd.model.state import State
 
@@ -38,6 +40,13 @@ class TextStream(Protocol):
     def flush(self) -> str: ...
 
 
+class Said(NamedTuple):
+    """Text that became complete; where there are both, the thought comes first."""
+
+    answer: str = ""
+    thought: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Drafting:
     """What it takes to read several tokens in one run: a guess at them, and a state to read them into."""
@@ -48,7 +57,11 @@ class Drafting:
 
 
 class Generation:
-    """Continues `state`, whose last logits are given, until the turn ends."""
+    """Continues `state`, whose last logits are given, until the turn ends.
+
+    With `sampling.thinking` it begins inside of a thought that the prompt has opened. Stop strings count in the answer
+    alone, as does what ends an answer: the end of the turn, or a repetition, ends only the thought where it is in one.
+    """
 
     def __init__(
         self,
@@ -57,26 +70,35 @@ class Generation:
         logits: Floats,
         sampling: Sampling,
         text: TextStream,
-        eos_token_ids: Collection[int],
+        endings: Endings,
         drafting: Drafting | None = None,
     ) -> None:
         self.n_tokens = 0
-        """Tokens of the answer, the one that ended the turn not counted."""
+        """Tokens of thoughts and answer, the one that ended the turn not counted."""
+        self.n_thinking_tokens = 0
+        """Those of thoughts among them, with what stands between thoughts and answer."""
+        self.thinking = sampling.thinking and bool(endings.thought)
+        """The answer has not begun."""
         self.finish_reason: FinishReason | None = None
         self.state = state
         """What has read all but `unread`: with drafting, the given state or the one beside it."""
         self.unread: list[int] = []
-        """The tokens drawn last, which the state has not read; one that ended the turn is not among them."""
+        """The last tokens, which the state has not read; one that ended the turn is not among them."""
         self._decoder = decoder
         self._logits: Floats | None = logits
         self._sampler = Sampler(sampling)
         self._max_tokens = sampling.max_tokens
         self._text = text
         self._stops = StopStrings(sampling.stop)
-        self._eos = eos_token_ids
+        self._repetition = Repetition()
+        self._endings = endings
         self._drafting = drafting
         self._beside = drafting.beside if drafting else None
         self._reach = _Reach()
+        self._answer = self._thought = ""
+        """Complete, and not told yet."""
+        self._at_start = self.thinking
+        """White space is left out: it parts the answer from the thoughts."""
 
     @property
     def done(self) -> bool:
@@ -85,28 +107,39 @@ class Generation:
     @property
     def run_tokens(self) -> float:
         """What the next run takes, where one of a single token takes 1; 0 where nothing was chosen so far."""
-        return 1.0
+        return 1 + GUESS_COST * max(0, len(self.unread) - 1)
 
-    def step(self, *, guess: bool = True) -> str:
+    def step(self, *, guess: bool = True) -> Said:
         """Run the model once, draw one token or more, and return the text they complete, which may be empty.
 
         The tokens before are read into the state first, so a piece of text never waits for the run after it. A draft
         only saves runs: tokens are drawn from the model's own logits, and it counts as far as they agree with it.
         guess: False keeps the run short.
         """
+        if self.done:
+            return self._told()
         draft = self._draft() if guess and self._logits is None else []
-        n_unread = len(self.unread)
-        text, n_agreed = "", 0
+        n_unread, n_agreed = len(self.unread), 0
         for n_agreed, logits in enumerate(self._read(draft)):
-            token = self._sampler.draw(logits)
-            text += self._take(token)
-            if self.done or n_agreed == len(draft) or token != draft[n_agreed]:
+            token, thinking = self._sampler.draw(logits), self.thinking
+            self._take(token)
+            turned = self.done or self.thinking is not thinking
+            if turned or n_agreed == len(draft) or token != draft[n_agreed]:
                 break
         if draft:
             self._reach.learn(n_agreed, len(draft))
             if n_agreed == len(draft):
                 self._change_over(n_unread + n_agreed)
-        return text
+        return self._told()
+
+    def end_thought(self) -> None:
+        """Have the answer begin at the next step, whatever was still to be thought (budget forcing: Muennighoff et al.,
+        s1, 2025). What ends the thought is read in that step's run.
+
+        Nothing happens where it does not think; where there is no room for an answer, it is done.
+        """
+        if self.thinking and not self.done:
+            self._begin_answer(self._endings.thought)
 
     def _draft(self) -> list[int]:
         """A guess at what follows the unread tokens."""
@@ -131,21 +164,66 @@ class Generation:
         assert found is not None
         return [found]
 
-    def _take(self, token: int) -> str:
-        """A token was drawn: the text that it completes, and whether it ends the answer."""
-        if token in self._eos:
-            self.finish_reason = FinishReason.STOP
-            return ""
-        self.unread.append(token)
-        if self._drafting is not None:
-            self._drafting.lookup.extend([token])
-        self.n_tokens += 1
-        piece = self._stops.push(self._text.push(token))
-        if self._stops.met:
-            self.finish_reason = FinishReason.STOP
-        elif self.n_tokens >= self._max_tokens or self.state.available < len(self.unread):
+    def _take(self, token: int) -> None:
+        """A token was drawn: what it says, or ends."""
+        if self.thinking and token == self._endings.thought_end:
+            thought = self._endings.thought
+            self._begin_answer(thought[thought.index(token) :])
+        elif token in self._endings.turn:
+            self._end(FinishReason.STOP)
+        else:
+            self._add([token])
+            self._hear(self._text.push(token))
+            if self._stops.met:
+                self.finish_reason = FinishReason.STOP
+            elif self._repetition.push(token):
+                self._end(FinishReason.REPETITION)
+            elif not self._has_room():
+                self.finish_reason = FinishReason.LENGTH
+
+    def _end(self, reason: FinishReason) -> None:
+        """The thought, or the answer."""
+        if self.thinking:
+            self.end_thought()
+        else:
+            self.finish_reason = reason
+
+    def _begin_answer(self, tokens: Sequence[int]) -> None:
+        """These tokens end the thought."""
+        if not self._has_room(len(tokens)):
             self.finish_reason = FinishReason.LENGTH
-        return piece
+            return
+        self._hear(self._text.flush())
+        self._add(tokens)
+        self._logits = None
+        self._repetition = Repetition()
+        self.thinking = False
+
+    def _add(self, tokens: Sequence[int]) -> None:
+        self.unread += tokens
+        self.n_tokens += len(tokens)
+        self.n_thinking_tokens += len(tokens) * self.thinking
+        if self._drafting is not None:
+            self._drafting.lookup.extend(tokens)
+
+    def _has_room(self, n_tokens: int = 0) -> bool:
+        """Behind so many tokens more, another can be drawn."""
+        return self.n_tokens + n_tokens < self._max_tokens and self.state.available >= len(self.unread) + n_tokens
+
+    def _hear(self, text: str) -> None:
+        if self.thinking:
+            self._thought += text
+            return
+        if self._at_start:
+            text = text.lstrip()
+            self._at_start = not text
+        self._answer += self._stops.push(text)
+
+    def _told(self) -> Said:
+        """What became complete since it was last asked for."""
+        said = Said(self._answer, self._thought)
+        self._answer = self._thought = ""
+        return said
 
     def _change_over(self, n_read: int) -> None:
         """The state beside has read so many of the unread tokens, and goes on in this one's place."""
@@ -159,15 +237,15 @@ class Generation:
         """What `close` would say now."""
         return ""
 
-    def close(self) -> str:
+    def close(self) -> Said:
         """Text that makes a cut answer whole; free text needs none."""
-        return ""
+        return Said()
 
-    def flush(self) -> str:
+    def flush(self) -> Said:
         """Text held back at the end: the start of a stop string that did not come, an unfinished character."""
-        if self._stops.met:
-            return ""
-        return self._stops.push(self._text.flush()) + self._stops.flush()
+        self._hear(self._text.flush())
+        self._answer += self._stops.flush()
+        return self._told()
 
 
 class _Reach:

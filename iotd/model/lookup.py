@@ -4,7 +4,7 @@ Answers quote: readings, names, their own words (prompt lookup decoding, A. Saxe
 make, and is worth what the model makes of it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -19,7 +19,7 @@ class Lookup:
         self._said = np.fromiter(said, np.int32)
         self._n = len(self._said)
 
-    def extend(self, tokens: list[int]) -> None:
+    def extend(self, tokens: Sequence[int]) -> None:
         if self._n + len(tokens) > len(self._said):
             self._said = np.concatenate([self._said[: self._n], np.zeros(self._n + len(tokens) + 64, np.int32)])
         self._said[self._n : self._n + len(tokens)] = tokens

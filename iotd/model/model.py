@@ -1,7 +1,7 @@
 """The model as the rest of iotd sees it: one opened package, with what is needed to read and to answer."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, overload
 
@@ -13,6 +13,7 @@ from iotd.events import RGB, Format, Sampling
 from iotd.model.chat import ChatTemplate, Message
 from iotd.model.constrained import ConstrainedGeneration
 from iotd.model.decoder import Decoder
+from iotd.model.endings import Endings
 from iotd.model.generation import Drafting, Generation
 from iotd.model.grammar import Constraint, Grammars
 from iotd.model.head import Head, HeadKind
@@ -109,6 +110,11 @@ class Model:
     def has_vision(self) -> bool:
         return self.spec.vision is not None
 
+    @cached_property
+    def endings(self) -> Endings:
+        """How its turns and thoughts end."""
+        return Endings.of(self.tokenizer, self.chat, self.spec.eos_token_ids)
+
     def new_state(self, capacity: int = 2048) -> State:
         """An empty state for up to `capacity` tokens; it takes memory as it is filled. Of 0: a fork, to be lent to."""
         return State(self.spec, capacity)
@@ -185,12 +191,11 @@ class Model:
         ends in (`Generation.state`) is then good until the next generation with `said`. With a constraint nothing is
         guessed: what it forces is read in one run as it is.
         """
-        stream = self.tokenizer.stream()
+        parts = self._decoder, state, logits, sampling, self.tokenizer.stream(), self.endings
         if constraint is not None:
-            eos = self.spec.eos_token_ids
-            return ConstrainedGeneration(self._decoder, state, logits, sampling, stream, eos, constraint)
+            return ConstrainedGeneration(*parts, constraint)
         drafting = None if said is None else Drafting(Lookup(said), self._other_than(state))
-        return Generation(self._decoder, state, logits, sampling, stream, self.spec.eos_token_ids, drafting)
+        return Generation(*parts, drafting)
 
     def _other_than(self, state: State) -> State:
         """A state to draft in."""
@@ -212,7 +217,7 @@ class Model:
         thinking: bool = False,
         capacity: int | None = None,
     ) -> Iterator[str]:
-        """Answer a conversation, yielding valid UTF-8 pieces of text.
+        """Answer a conversation, yielding valid UTF-8 pieces of text. Thoughts are not among them; their tokens count.
 
         `messages` are those of the checkpoint's chat template; `content` is a text, or parts of type `text` and `image`
         (uint8 [H, W, 3]). `capacity` bounds prompt and answer together; by default it is what they need at most.
@@ -239,9 +244,9 @@ class Model:
         assert logits is not None  # a rendered prompt ends with the opening of the answer
         generation = self.generation(state, logits, sampling)
         while not generation.done:
-            if piece := generation.step():
+            if piece := generation.step().answer:
                 yield piece
-        if piece := generation.flush():
+        if piece := generation.flush().answer:
             yield piece
 
     def _parts(self, messages: Sequence[Message], thinking: bool) -> list[list[int] | RGB]:

@@ -97,7 +97,7 @@ def _finished(generation: Generation) -> tuple[str, float]:
     """Its text, and the seconds that it took."""
     text, began_s = "", time.perf_counter()
     while not generation.done:
-        text += generation.step()
+        text += generation.step().answer
     return text, time.perf_counter() - began_s
 
 

@@ -21,7 +21,7 @@ class Mailbox:
         self._loop = asyncio.get_running_loop()
         self._filled = asyncio.Event()
         self._lock = threading.Lock()
-        self._text: deque[str] = deque()
+        self._deltas: deque[Delta] = deque()
         self._end: Done | Failed | None = None
         self._closed = False
 
@@ -32,7 +32,7 @@ class Mailbox:
                 return
             if isinstance(event, Delta):
                 if event.text:
-                    self._text.append(event.text)
+                    self._deltas.append(event)
             else:
                 self._end = event
             # A loop that ended before its calls did has no reader any more: nothing the engine should hear of.
@@ -40,12 +40,12 @@ class Mailbox:
                 self._loop.call_soon_threadsafe(self._filled.set)
 
     async def get(self) -> Delta | Done | Failed:
-        """The text that has gathered, else the end."""
+        """The text that has gathered, thoughts and answer apart, else the end."""
         while True:
             await self._filled.wait()
             with self._lock:
-                if self._text:
-                    return Delta(self._gathered())
+                if self._deltas:
+                    return self._gathered()
                 if self._end is not None:
                     return self._end
                 self._filled.clear()
@@ -54,10 +54,10 @@ class Mailbox:
         """The reader is gone."""
         with self._lock:
             self._closed = True
-            self._text.clear()
+            self._deltas.clear()
 
-    def _gathered(self) -> str:
-        text = ""
-        while self._text and len(text) < MAX_PIECE_CHARS:
-            text += self._text.popleft()
-        return text
+    def _gathered(self) -> Delta:
+        text, thought = "", self._deltas[0].thought
+        while self._deltas and self._deltas[0].thought is thought and len(text) < MAX_PIECE_CHARS:
+            text += self._deltas.popleft().text
+        return Delta(text, thought)
