@@ -105,11 +105,11 @@ def test_an_image_matters_and_so_does_its_place(model: Model) -> None:
     assert all(np.abs(one - other).max() > 1e-3 for one, other in pairwise([*answers, answers[0]]))
 
 
-def test_states_of_any_capacity_take_turns(model: Model, tiny_int4_package: Path) -> None:
+def test_states_of_any_capacity_take_turns(model: Model, tiny_package: Path) -> None:
     """A later, larger one, for which the rotary tables grow, leaves the earlier ones right."""
     alone = model.new_state(40)
     expected = [model.step(alone, token).copy() for token in range(1, 6)]
-    other = Model.open(tiny_int4_package, threads=1)
+    other = Model.open(tiny_package, threads=1)
     small = other.new_state(40)
     found = [other.step(small, 1).copy()]
     for token, capacity in zip(range(2, 6), (10, 100, 41, 500), strict=True):
