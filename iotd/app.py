@@ -220,6 +220,7 @@ class Daemon:
             self._link = Link(
                 mqtt,
                 engine.observe,
+                answerer=self._server.service if mqtt.asks else None,
                 version=__version__,
                 info={"model": model, "window": window},
                 # Twice what the model looks at: enough for its own, finer resize, and little to keep for each camera.
@@ -311,9 +312,10 @@ class Daemon:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop, DRAIN_S, self._write())
             measured.save(self._engine.costs.pack(), *self._kept(self._engine))
+        # The link comes after what answers: the last answers over MQTT, whole or cut off, go out before its `offline`.
+        await self._server.stop(GRACE_S)
         if self._link is not None:
             await asyncio.to_thread(self._link.stop)
-        await self._server.stop(GRACE_S)
         await asyncio.to_thread(self._metrics.stop)
         log.info("stopped")
 

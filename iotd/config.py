@@ -113,6 +113,8 @@ class MqttConfig(_Section, frozen=True):
     port: Port = 1883
     node: str = "iotd"
     """Topics begin with `iotd/<node>`."""
+    asks: bool = True
+    """Answer questions on `iotd/<node>/ask`, of everyone who may publish there."""
     client_id: str = ""
     username: str = ""
     password_file: str = ""

@@ -12,6 +12,11 @@ class IotdError(Exception):
     code: ClassVar[str] = "INTERNAL"
     reason: ClassVar[str] = "INTERNAL"
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Figures that a caller can act on, by their name on the wire."""
+        return {}
+
 
 class InvalidInput(IotdError):
     """A request, a configuration or a payload that cannot be used. `field` names the part at fault."""
@@ -48,6 +53,10 @@ class ContextOverflow(InvalidInput):
         )
         self.needed = needed
         self.available = available
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"neededTokens": str(self.needed), "availableTokens": str(self.available)}
 
 
 class CheckpointError(IotdError):
@@ -91,6 +100,10 @@ class Overloaded(IotdError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
         self.needed_s = needed_s
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {} if self.needed_s is None else {"neededSeconds": f"{self.needed_s:.6f}"}
 
 
 class Unavailable(IotdError):

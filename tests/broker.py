@@ -6,6 +6,7 @@ PYTEST_DONT_REWRITE: test files import names from here too, before pytest loads 
 """
 
 import contextlib
+import json
 import queue
 import threading
 import time
@@ -16,11 +17,14 @@ from typing import Any
 import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from iotd.config import MqttConfig, SubscriptionConfig
 from iotd.demo.broker import Mosquitto
 from iotd.events import Observation
 from iotd.mqtt import Link
+from iotd.mqtt.dial import new_properties
 
 WAIT_S = 10.0
 RETRY_S = (0.05, 0.2)
@@ -90,6 +94,47 @@ class Listener:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+
+class Asker:
+    """A client that asks over MQTT, and hears all that may be an answer."""
+
+    def __init__(self, port: int, base: str, *, protocol: int = paho.MQTTv5) -> None:
+        self._topic = f"{base}/ask"
+        self._answers: queue.Queue[paho.MQTTMessage] = queue.Queue()
+        self._heard = threading.Event()
+        topics = [f"{base}/answer", f"{base}/answer/stream", "replies/#"]
+        how: Any = SubscribeOptions(1) if protocol == paho.MQTTv5 else 1
+        self._client = paho.Client(CallbackAPIVersion.VERSION2, protocol=protocol)
+        self._client.on_connect = lambda client, *_: client.subscribe([(topic, how) for topic in topics])
+        self._client.on_subscribe = lambda *_: self._heard.set()
+        self._client.on_message = lambda _, __, message: self._answers.put(message)
+        self._client.connect("127.0.0.1", port)
+        self._client.loop_start()
+        assert self._heard.wait(WAIT_S)
+
+    def ask(self, question: str | bytes | dict[str, Any], *, retain: bool = False, **properties: Any) -> None:
+        """properties: of MQTT 5, by paho's names. Returns when the broker has the question."""
+        payload = json.dumps(question) if isinstance(question, dict) else question
+        given = new_properties(PacketTypes.PUBLISH) if properties else None
+        for name, value in properties.items():
+            setattr(given, name, value)
+        self._client.publish(self._topic, payload, qos=1, retain=retain, properties=given).wait_for_publish(WAIT_S)
+
+    def next_message(self) -> paho.MQTTMessage:
+        return self._answers.get(timeout=WAIT_S)
+
+    def next(self) -> dict[str, Any]:
+        """The next answer, or piece of one."""
+        told: dict[str, Any] = json.loads(self.next_message().payload)
+        return told
+
+    def __enter__(self) -> "Asker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._client.disconnect()
         self._client.loop_stop()
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import paho.mqtt.client as paho
 import pytest
+from broker import Asker
 from daemon import ServeProcess, serving
 
 from iotd.client import Client
@@ -127,6 +128,44 @@ def test_what_the_home_publishes_is_read_into_the_context(broker: Mosquitto, cli
     answer = client.answer("What does the camera show?", camera="door", max_tokens=4)
     assert answer.usage.context_tokens > 0
     assert answer.usage.image_tokens > 0
+
+
+def test_a_question_over_mqtt_is_answered_from_the_context(
+    broker: Mosquitto, daemon: ServeProcess, client: Client
+) -> None:
+    wait_status(client, connected)
+    publish(broker, rate_hz=20, frame_hz=0, duration_s=1)
+    wait_status(client, lambda s: s.engine.counters["readings_read"] > 0)
+    with Asker(broker.port, f"iotd/{NODE}") as asker:
+        sampling = {"maxTokens": 4}
+        asker.ask({"question": "Is a door open?", "sampling": sampling, "stream": True, "transaction": "e2e"})
+        told = [asker.next()]
+        while "status" not in told[-1]:
+            told.append(asker.next())
+        *pieces, answer = told
+        assert answer["status"] == "ok"
+        assert answer["data"]["finishReason"] in ("length", "stop")
+        assert answer["data"]["usage"]["contextTokens"] > 0
+        assert answer["data"]["text"] == "".join(piece["text"] for piece in pieces)
+        assert {piece["transaction"] for piece in told} == {"e2e"}
+        asker.ask({"question": "Tell all.", "budget": "60s"}, MessageExpiryInterval=1)
+        assert asker.next()["status"] == "ok"
+        asker.ask({"question": "Tell all.", "camera": "nowhere"})
+        assert asker.next()["error"]["code"] == "NOT_FOUND"
+    status = wait_status(client, lambda s: s.link is not None and s.link.counters["answers"] == 3)
+    assert status.engine.recent[-1].budget_s == pytest.approx(1)
+    assert daemon.stop() == 0
+
+
+def test_a_stop_lets_an_answer_over_mqtt_end(broker: Mosquitto, daemon: ServeProcess, client: Client) -> None:
+    wait_status(client, connected)
+    with Asker(broker.port, f"iotd/{NODE}") as asker:
+        asker.ask({"question": "Tell a long story.", "stream": True, "budget": "3s"})
+        told = asker.next()
+        assert daemon.stop() == 0
+        while "status" not in told:
+            told = asker.next()
+    assert told["data"]["finishReason"] in ("budget", "length", "stop")
 
 
 def test_several_clients_keep_their_deadlines_while_the_home_goes_on(broker: Mosquitto, client: Client) -> None:

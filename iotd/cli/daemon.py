@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.command()
 @CONFIG
 def serve(config: Path | None) -> int:
-    """Run the daemon: read sensors and cameras over MQTT, answer over gRPC.
+    """Run the daemon: read sensors and cameras over MQTT, answer over gRPC and MQTT.
 
     SIGTERM drains and stops, SIGHUP reloads the configuration, SIGUSR1 saves the context.
     """

@@ -1,4 +1,7 @@
-"""The link to an MQTT broker. The only place that uses paho; knows no engine and no model."""
+"""The link to an MQTT broker, by which readings, frames and questions come. The only place that uses paho.
+
+Knows no engine and no model.
+"""
 
 from iotd.mqtt.link import Link
 

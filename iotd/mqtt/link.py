@@ -1,6 +1,7 @@
 """The link to the broker: connected whenever it can be, and heard by everyone when it is not.
 
-Owns the reconnecting thread, `<base>/availability` and `<base>/info`. Knows no engine: events leave through a sink.
+Owns the reconnecting thread, `<base>/availability` and `<base>/info`. Knows no engine: events leave through a sink, and
+questions to whatever answers them.
 """
 
 import json
@@ -18,6 +19,7 @@ from iotd.events import LinkStatus, Observation
 from iotd.ingest import Intake, Routes
 from iotd.ingest.image import KEEP_PIXELS
 from iotd.ingest.quiet_log import QuietLog
+from iotd.mqtt.asks import Answerer, Asks
 from iotd.mqtt.backoff import Backoff
 from iotd.mqtt.dial import Protocol, availability_topic, base_topic, new_client, read_password, tls_context
 from iotd.mqtt.session import FAREWELL_S, Ended, Ending, Session
@@ -44,13 +46,15 @@ class Link:
         config: MqttConfig,
         sink: Callable[[Observation], None],
         *,
+        answerer: Answerer | None = None,
         version: str = "",
         info: Mapping[str, object] | None = None,
         retry_s: tuple[float, float] = (0.5, 60.0),
         keep_pixels: int = KEEP_PIXELS,
     ) -> None:
-        """info: what `<base>/info` says besides the version. retry_s: first and longest wait between attempts.
+        """answerer: answers questions; None takes none. With it, this must be called on the event loop it runs on.
 
+        info: what `<base>/info` says besides the version. retry_s: first and longest wait between attempts.
         keep_pixels: larger frames are scaled down to so many before they reach the sink.
 
         Raises ConfigError where a file of the configuration cannot be read.
@@ -60,7 +64,8 @@ class Link:
         self._config = config
         self._info = {"version": version, **(info or {})}
         self._intake = Intake(config, sink, keep_pixels=keep_pixels)
-        self._subscriber = Subscriber(config.subscriptions)
+        self._asks = Asks(config, answerer) if answerer is not None else None
+        self._subscriber = Subscriber(config.subscriptions, own=[self._asks.topic] if self._asks else [])
         self._backoff = Backoff(*retry_s)
         self._quiet = QuietLog(_log, time.monotonic)
         self._stopping = threading.Event()
@@ -77,7 +82,12 @@ class Link:
             self._thread.start()
 
     def stop(self) -> None:
-        """Publish `offline`, disconnect, and end all threads; may be called twice, or before `start`."""
+        """Publish the last answers and `offline`, disconnect, and end all threads.
+
+        May be called twice, or before `start`; not on the event loop on which questions are answered.
+        """
+        if self._asks is not None:
+            self._asks.stop()
         self._stopping.set()
         if (session := self._session) is not None:
             session.wake()
@@ -103,7 +113,7 @@ class Link:
             broker=f"{self._config.host}:{self._config.port}" if self._config.host else "",
             protocol=str(protocol) if protocol else "",
             reconnects=max(0, self._n_connects - 1),
-            counters=self._intake.counters,
+            counters=self._intake.counters | (self._asks.counters if self._asks else {}),
         )
 
     def _run(self) -> None:
@@ -136,6 +146,8 @@ class Link:
         finally:
             self._session = self._protocol = None
             self._subscriber.closed()
+            if self._asks is not None:
+                self._asks.outbox.close()
 
     def _wait_s(self, ended: Ended) -> float:
         """How long to wait after this ending; says so in the log."""
@@ -168,8 +180,12 @@ class Link:
         session.client.publish(availability_topic(self._config), "online", qos=1, retain=True)
         session.client.publish(f"{base_topic(self._config)}/info", json.dumps(self._info), qos=1, retain=True)
         self._subscriber.open(session, features)
+        if self._asks is not None:
+            self._asks.outbox.open(session)
 
     def _farewell(self, session: Session) -> paho.MQTTMessageInfo:
+        if self._asks is not None:
+            self._asks.outbox.flush()
         return session.client.publish(availability_topic(self._config), "offline", qos=1, retain=True)
 
     def _on_message(self, client: paho.Client, userdata: object, message: paho.MQTTMessage) -> None:
@@ -178,6 +194,8 @@ class Link:
             topic = message.topic
         except UnicodeDecodeError:
             return
-        self._intake.offer(
-            topic, bytes(message.payload), time.time(), retained=message.retain, via=self._subscriber.via(message)
-        )
+        via = self._subscriber.via(message)
+        if self._asks is None or topic != self._asks.topic:
+            self._intake.offer(topic, bytes(message.payload), time.time(), retained=message.retain, via=via)
+        elif via is None or topic in via:
+            self._asks.offer(message, time.monotonic())

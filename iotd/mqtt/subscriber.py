@@ -23,9 +23,11 @@ _log = logging.getLogger("iotd.mqtt")
 class Subscriber:
     """`settled` is set while the broker has answered for every subscription that is wanted."""
 
-    def __init__(self, subscriptions: Sequence[SubscriptionConfig]) -> None:
+    def __init__(self, subscriptions: Sequence[SubscriptionConfig], own: Sequence[str] = ()) -> None:
+        """own: topics of iotd itself, wanted at least once whatever else is."""
         self.settled = threading.Event()
-        self._wanted = _qos_by_filter(subscriptions)
+        self._own = dict.fromkeys(own, 1)
+        self._wanted = _qos_by_filter(subscriptions) | self._own
         self._have: dict[str, int] = {}
         self._numbers: dict[str, int] = {}
         self._filters: dict[int, str] = {}
@@ -34,7 +36,7 @@ class Subscriber:
 
     def want(self, subscriptions: Sequence[SubscriptionConfig]) -> None:
         """From any thread; `sync` carries it out."""
-        self._wanted = _qos_by_filter(subscriptions)
+        self._wanted = _qos_by_filter(subscriptions) | self._own
         self.settled.clear()
 
     def open(self, session: Session, features: Properties) -> None:

@@ -15,7 +15,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from iotd.errors import ContextOverflow, Internal, InvalidInput, IotdError, Overloaded
+from iotd.errors import Internal, InvalidInput, IotdError
 from iotd.rpc.times import duration
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def to_status(error: IotdError) -> Status:
 
 
 def _details(error: IotdError) -> list[Message]:
-    details: list[Message] = [ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_metadata(error))]
+    details: list[Message] = [ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)]
     if error.code in _RETRIED_CODES:
         details.append(RetryInfo(retry_delay=duration(getattr(error, "retry_after_s", DEFAULT_RETRY_S))))
     if isinstance(error, InvalidInput):
@@ -48,14 +48,6 @@ def _details(error: IotdError) -> list[Message]:
 def _message(error: IotdError) -> str:
     message = str(error)
     return message if len(message) <= _MAX_MESSAGE_CHARS else message[: _MAX_MESSAGE_CHARS - 1] + "…"
-
-
-def _metadata(error: IotdError) -> dict[str, str]:
-    if isinstance(error, ContextOverflow):
-        return {"neededTokens": str(error.needed), "availableTokens": str(error.available)}
-    if isinstance(error, Overloaded) and error.needed_s is not None:
-        return {"neededSeconds": f"{error.needed_s:.6f}"}
-    return {}
 
 
 @asynccontextmanager

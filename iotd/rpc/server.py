@@ -48,6 +48,11 @@ class Server:
         self._server: grpc.aio.Server | None = None
 
     @property
+    def service(self) -> Service:
+        """What answers, for questions that come another way than by gRPC."""
+        return self._service
+
+    @property
     def state(self) -> ServingState:
         """Whether questions are taken."""
         return self._service.state

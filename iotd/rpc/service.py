@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -28,6 +28,8 @@ DECODERS = 2
 
 AskContext = grpc.aio.ServicerContext[iotd_pb2.AskRequest, iotd_pb2.AskEvent]
 StatusContext = grpc.aio.ServicerContext[iotd_pb2.GetStatusRequest, iotd_pb2.GetStatusResponse]
+Write = Callable[[iotd_pb2.AskEvent], Awaitable[None]]
+"""Takes the next event of an answer."""
 
 
 class Ticket(Protocol):
@@ -72,11 +74,30 @@ class Service(iotd_pb2_grpc.IotdServicer):
         """See the proto."""
         arrived_s = time.monotonic()
         async with errors_as_status(context):
-            self._admit()
+            left_s = context.time_remaining()
+            ends_s = requests.deadline_s(request, arrived_s, left_s, self.limits)
             try:
-                await self._answer(request, context, arrived_s)
-            finally:
-                self._leave()
+                await self.answer(request, arrived_s, ends_s, context.write)
+            except DeadlineExceeded as error:
+                if left_s is None or ends_s >= arrived_s + self.budget_s(request):
+                    raise
+                message = f"the call's own deadline of {left_s:.3g} s came before the budget's end"
+                raise DeadlineExceeded(message) from error
+
+    def budget_s(self, request: iotd_pb2.AskRequest) -> float:
+        """The request's budget, or the default, up to the server's maximum. Raises InvalidInput."""
+        return requests.budget_s(request, self.limits)
+
+    async def answer(self, request: iotd_pb2.AskRequest, arrived_s: float, ends_s: float, write: Write) -> None:
+        """Write an answer's events by `ends_s`, whichever way the question came. Raises IotdError.
+
+        arrived_s, ends_s: on the monotonic clock.
+        """
+        self._admit()
+        try:
+            await self._answer(request, arrived_s, ends_s, write)
+        finally:
+            self._leave()
 
     async def GetStatus(  # noqa: N802 - the proto's name
         self, request: iotd_pb2.GetStatusRequest, context: StatusContext
@@ -105,21 +126,14 @@ class Service(iotd_pb2_grpc.IotdServicer):
         if not self._open_asks:
             self._idle.set()
 
-    async def _answer(self, request: iotd_pb2.AskRequest, context: AskContext, arrived_s: float) -> None:
+    async def _answer(self, request: iotd_pb2.AskRequest, arrived_s: float, ends_s: float, write: Write) -> None:
         self._serving_engine()
-        left_s = context.time_remaining()
-        ends_s = requests.deadline_s(request, arrived_s, left_s, self.limits)
         ask = requests.parse(request, arrived_s, ends_s, self.limits)
-        try:
-            if request.images:
-                ask = replace(ask, images=await self._images(request, ends_s))
-            if ask.format is not None:
-                await self._check_format(ask)
-            await self._run(ask, context)
-        except DeadlineExceeded as error:
-            if left_s is None or ends_s >= arrived_s + requests.budget_s(request, self.limits):
-                raise
-            raise DeadlineExceeded(f"the call's own deadline of {left_s:.3g} s came before the budget's end") from error
+        if request.images:
+            ask = replace(ask, images=await self._images(request, ends_s))
+        if ask.format is not None:
+            await self._check_format(ask)
+        await self._run(ask, write)
 
     async def _images(self, request: iotd_pb2.AskRequest, ends_s: float) -> tuple[RGB, ...]:
         async with _ends_by(ends_s, "the budget ended while the images were decoded"), self._decoders:
@@ -129,14 +143,14 @@ class Service(iotd_pb2_grpc.IotdServicer):
         async with _ends_by(ask.deadline_s, "the budget ended while the format was compiled"), self._compiler:
             await asyncio.to_thread(self._serving_engine().check_format, ask)
 
-    async def _run(self, ask: events.Ask, context: AskContext) -> None:
+    async def _run(self, ask: events.Ask, write: Write) -> None:
         mailbox = Mailbox()
         # Once more: the daemon may have begun to stop while the images were decoded.
         ticket = self._serving_engine().submit(ask, mailbox.put)
         self._mailboxes.add(mailbox)
         try:
-            await context.write(_accepted_event(ticket.accepted))
-            await _deliver(mailbox, context, ask.deadline_s)
+            await write(_accepted_event(ticket.accepted))
+            await _deliver(mailbox, write, ask.deadline_s)
         finally:
             # Also where the client went away: the engine stops within one step. After the end it does nothing.
             ticket.cancel()
@@ -151,7 +165,7 @@ class Service(iotd_pb2_grpc.IotdServicer):
         return self.engine
 
 
-async def _deliver(mailbox: Mailbox, context: AskContext, deadline_s: float) -> None:
+async def _deliver(mailbox: Mailbox, write: Write, deadline_s: float) -> None:
     """Pass the answer on, at the client's pace.
 
     A write has no limit of its own: gRPC cannot end a call in the middle of one. A client that does not read holds this
@@ -162,9 +176,9 @@ async def _deliver(mailbox: Mailbox, context: AskContext, deadline_s: float) -> 
             event = await mailbox.get()
         match event:
             case Delta(text, thought):
-                await context.write(iotd_pb2.AskEvent(delta=iotd_pb2.AskDelta(text=text, thought=thought)))
+                await write(iotd_pb2.AskEvent(delta=iotd_pb2.AskDelta(text=text, thought=thought)))
             case Done() as done:
-                await context.write(_done_event(done))
+                await write(_done_event(done))
                 return
             case Failed(error):
                 raise error
