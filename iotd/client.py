@@ -12,6 +12,7 @@ Everything raises children of iotd.errors.IotdError, as the server names them.
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,8 +128,12 @@ class _Stream:
         """Called with each piece of the model's thoughts; the iteration has those of the answer."""
         self.accepted: Accepted | None = None
         """Set before the first piece."""
+        self.accepted_s = 0.0
+        """When that arrived, on the monotonic clock."""
         self.done: Done | None = None
         """Set after the last piece."""
+        self.done_s = 0.0
+        """When that arrived, on the monotonic clock."""
 
     @property
     def thoughts(self) -> str:
@@ -152,7 +157,7 @@ class _Stream:
     def _take(self, event: iotd_pb2.AskEvent) -> str:
         match event.WhichOneof("event"):
             case "accepted":
-                self.accepted = _accepted(event.accepted)
+                self.accepted, self.accepted_s = _accepted(event.accepted), time.monotonic()
             case "delta" if event.delta.thought:
                 self._thoughts.append(event.delta.text)
                 if self.on_thought is not None:
@@ -161,7 +166,7 @@ class _Stream:
                 self._pieces.append(event.delta.text)
                 return event.delta.text
             case "done":
-                self.done = _done(event.done)
+                self.done, self.done_s = _done(event.done), time.monotonic()
         return ""
 
 

@@ -5,12 +5,12 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from iotd.cli.options import FILE, HEAD, JSON, THREADS
-from iotd.cli.show import plain, progress
+from iotd.cli.options import DURATION, FILE, HEAD, JSON, THREADS, Number
+from iotd.cli.show import extra, plain, progress
 
 if TYPE_CHECKING:
     from iotd.model.head import HeadKind
@@ -30,7 +30,8 @@ class DefaultGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if flags := [arg for arg in args if arg.startswith("--") and arg[2:] in self.commands]:
+        flags = [arg for arg in args if arg.startswith("--") and arg[2:] in self.commands]
+        if flags and args[0] not in self.commands:
             args = [flags[0][2:], *(arg for arg in args if arg not in flags)]
         if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
             args = [self.default, *args]
@@ -207,6 +208,99 @@ def profile(package: Path, threads: int, least: float, as_json: bool) -> None:
             click.echo(json.dumps(plain(share)))
         else:
             click.echo(f"{share.what:<14}{share.operator:<34}{share.nodes:>6}{share.mean_ms:>10.2f}{share.part:>8.1%}")
+
+
+class Budgets(click.ParamType[tuple[float, float]]):
+    """`200ms:10s`: the shortest and the longest. Gives seconds."""
+
+    name = "budgets"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        """Parse; fails with a usage error."""
+        low, _, high = value.partition(":")
+        low_s, high_s = (DURATION.convert(part, param, ctx) for part in (low, high))
+        if low_s >= high_s:
+            self.fail(
+                f"{value!r} is no range: write the shortest budget before the longest, as in 200ms:10s", param, ctx
+            )
+        return low_s, high_s
+
+
+@bench.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option(
+    "--load",
+    "loads",
+    type=Number(0, 100, min_open=True),
+    multiple=True,
+    default=(0.4, 0.8, 1.5),
+    show_default=True,
+    help="Work that arrives, as a part of what can be done. Repeatable.",
+)
+@click.option("--asks", type=click.IntRange(1), default=200, show_default=True, help="Of each load.")
+@click.option(
+    "--budgets",
+    "budgets_s",
+    type=Budgets(),
+    metavar="LOW:HIGH",
+    help="Drawn log-uniformly from such a range as 200ms:10s. Left out: 0.2 to 10 s, or 5 to 500 decode steps where a "
+    "step takes less than 10 ms.",
+)
+@click.option("--rate", "rate_hz", type=Number(0.1, 1000), default=10.0, show_default=True, help="Readings a second.")
+@click.option("--frames", "frame_hz", type=Number(0.01, 100), default=0.5, show_default=True, help="Frames a second.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the home, the asks and their times.")
+@click.option(
+    "--check-refused",
+    type=Number(0, 1),
+    default=0.2,
+    show_default=True,
+    help="The share of refused asks that are sent again with time enough: what would have come by their deadline?",
+)
+@click.option("--baseline", is_flag=True, help="Then do each load again without budgets, answers cut at 16 tokens.")
+@click.option("--hog", is_flag=True, help="Keep all cores busy in the middle third of each load; needs stress-ng.")
+@click.option("--answers", type=click.File("w", encoding="utf-8"), help="Write each ask and its end, as JSON lines.")
+@THREADS
+@PLOT
+@JSON
+def budget(
+    package: Path,
+    loads: tuple[float, ...],
+    answers: IO[str] | None,
+    plot: IO[str] | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """How well budgets are kept, at a client over gRPC, while a simulated home is read.
+
+    Starts a broker, the home and a daemon on PACKAGE, and asks questions of several kinds with budgets from very short
+    to ample. They arrive at random times, whether or not earlier ones have been answered. With the demo's model it
+    tells how many answers are right, too. The environment reaches the daemon: IOTD_ASK__QUEUE=4 and the like.
+    """
+    with extra("test"):
+        import jsonschema  # noqa: F401 - what judges forms is missed before anything has been measured
+
+    from iotd.cli.budget_table import opening, table
+    from iotd.demo.bench_budget import BudgetBench, Settings
+    from iotd.ops.bench import machine
+
+    with BudgetBench(package, Settings(**settings)) as measure:
+        found = measure.calibrate()
+        head = f"{machine()}; {settings['threads']} threads"
+        if not as_json:
+            click.echo("\n".join([head, *opening(found)]))
+        scores = []
+        for load in loads:
+            score, asked = measure.load(load)
+            scores.append(score)
+            for ask in asked if answers else ():
+                click.echo(json.dumps({"load": load, **plain(ask)}, ensure_ascii=False), file=answers)
+            click.echo(json.dumps(plain(found) | plain(score)) if as_json else "\n".join(["", *table(score)]))
+    if plot:
+        from iotd.cli.budget_table import AXIS, figures
+        from iotd.ops.plot import svg
+
+        told = [figure for score in scores for figure in figures(score)]
+        plot.write(svg(told, f"{head}\niotd {shlex.join(sys.argv[1:])}", axis=AXIS))
 
 
 def _yes(value: bool) -> str:

@@ -3,14 +3,28 @@
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from iotd.demo.child import Child, child
 from iotd.demo.devices import home_subscriptions
+from iotd.errors import Unavailable
+
+T = TypeVar("T")
+
+START_S = 60.0
+"""How long what is started may take until it runs."""
+POLL_S = 0.1
+"""Between two looks for what is waited for."""
+DEMO_SECTIONS: dict[str, dict[str, Any]] = {
+    "context": {"window": 1024},
+    "ask": {"temperature": 0.0, "presence_penalty": 0.0},
+}
+"""What suits the demo's model: it was trained on streams of about 700 tokens."""
 
 
 @contextlib.contextmanager
@@ -33,3 +47,13 @@ def home_daemon(
         config.write_text(json.dumps(document))
         with child("the daemon", "serve", "-c", str(config), env={"IOTD_LOG__FORMAT": "json"}) as daemon:
             yield daemon, daemon.wait_for("ready", start_s)["grpc"]
+
+
+def wait_for(what: str, find: Callable[[], T | None]) -> T:
+    """What `find` finds, as soon as it does. Raises Unavailable where that takes longer than START_S."""
+    end_s = time.monotonic() + START_S
+    while not (found := find()):
+        if time.monotonic() > end_s:
+            raise Unavailable(f"no {what} within {START_S:g} s")
+        time.sleep(POLL_S)
+    return found

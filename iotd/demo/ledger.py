@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 
 from iotd.demo.devices import Report
 from iotd.demo.home import ROOMS
-from iotd.demo.questions import APPLIANCES, Question, Told, draw_question
+from iotd.demo.questions import APPLIANCES, FORMS, Question, Told, draw_question
 from iotd.demo.scene import Scene
 
 SETTLED_S = 1.0
@@ -21,8 +21,10 @@ SETTLED_S = 1.0
 class Ledger:
     """`Told`, and what it was in the last SETTLED_S."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, camera: bool = True) -> None:
+        """camera: whether the home has one."""
         self._clock = clock
+        self._camera = camera
         self._lock = threading.Lock()
         self._told = Told()
         self._before: deque[tuple[float, Told]] = deque()
@@ -38,26 +40,28 @@ class Ledger:
             else:
                 self._told.hear(message)
 
-    def question(self, rng: random.Random, kinds: Collection[str]) -> Question | None:
-        """One of these kinds, in plain words or in some that training never used.
+    def question(self, rng: random.Random, kinds: Collection[str], forms: Collection[str] = FORMS) -> Question | None:
+        """One of these kinds and forms, in plain words or in some that training never used.
 
         None where its answer has changed in the last SETTLED_S, or the home had not told everything by then.
         """
         with self._lock:
             self._forget()
             tolds = [*(told for _, told in self._before), self._told.copy()]
-        if not all(map(_is_whole, tolds)):
+        if not all(map(self._is_whole, tolds)):
             return None
         seed, weights = rng.random(), dict.fromkeys(kinds, 1.0)
-        drawn = {draw_question(told, random.Random(seed), held_out=True, weights=weights) for told in tolds}
+        drawn = {
+            draw_question(told, random.Random(seed), held_out=True, weights=weights, forms=forms) for told in tolds
+        }
         return drawn.pop() if len(drawn) == 1 else None
 
     def _forget(self) -> None:
         while self._before and self._before[0][0] < self._clock() - SETTLED_S:
             self._before.popleft()
 
-
-def _is_whole(told: Told) -> bool:
-    """Whether every device has spoken: doors and motion sensors are the first to do so."""
-    warm, powered = told.sensors("temperature"), told.sensors("power")
-    return told.scene is not None and warm.keys() >= {*ROOMS} and powered.keys() >= {*APPLIANCES}
+    def _is_whole(self, told: Told) -> bool:
+        """Whether every device has spoken: doors and motion sensors are the first to do so."""
+        warm, powered = told.sensors("temperature"), told.sensors("power")
+        seen = told.scene is not None or not self._camera
+        return seen and warm.keys() >= {*ROOMS} and powered.keys() >= {*APPLIANCES}

@@ -9,7 +9,7 @@ from pathlib import Path
 from iotd import __version__
 from iotd.convert.convert import convert_checkpoint
 from iotd.errors import CheckpointError, PackageError
-from iotd.model.package import read_manifest, verify
+from iotd.model.package import Manifest, read_manifest, verify
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 RECIPE = "int4"
@@ -28,6 +28,11 @@ def demo_package(say: Callable[[str], None]) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         _convert(folder)
     return folder
+
+
+def is_demo(manifest: Manifest) -> bool:
+    """Whether a package was made of the demo's checkpoint."""
+    return manifest.name == CHECKPOINT.name
 
 
 def _convert(folder: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from iotd.demo.devices import Report
@@ -42,6 +42,8 @@ KIND_WEIGHTS = {
     "camera where": 1.5,
 }
 """The kinds of questions of the demo, and how often each is drawn."""
+FORMS = ("brief", "sentence", "long", "json")
+"""Of answers. Not everything can be asked for at length: `long` goes with another."""
 
 
 @dataclass(slots=True)
@@ -86,7 +88,7 @@ class Question:
     answer: str
     fact: Fact
     form: str
-    """`brief`, `sentence`, `long` or `json`."""
+    """One of FORMS."""
     max_words: int | None = None
     """Where the question names a limit."""
 
@@ -103,15 +105,23 @@ class Question:
 
 
 def draw_question(
-    told: Told, rng: random.Random, *, held_out: bool = False, weights: Mapping[str, float] = KIND_WEIGHTS
+    told: Told,
+    rng: random.Random,
+    *,
+    held_out: bool = False,
+    weights: Mapping[str, float] = KIND_WEIGHTS,
+    forms: Collection[str] = FORMS,
 ) -> Question:
-    """A question of a random kind about what was told. held_out: in one of the phrasings that training never uses."""
+    """A question of a random kind about what was told, for an answer in one of these forms.
+
+    held_out: in one of the phrasings that training never uses.
+    """
     kinds, odds = [*weights], [*weights.values()]
     while True:
         kind = rng.choices(kinds, odds)[0]
         subject = _SUBJECTS[kind](told, rng)
         if subject is not None:
-            return _phrased(kind, subject, rng, held_out)
+            return _phrased(kind, subject, rng, held_out, forms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +154,10 @@ _FORMS: dict[str, tuple[tuple[str, ...], float]] = {
 }
 
 
-def _phrased(kind: str, subject: _Subject, rng: random.Random, held_out: bool) -> Question:
-    forms = [form for form in _FORMS if form != "long" or subject.more]
+def _phrased(
+    kind: str, subject: _Subject, rng: random.Random, held_out: bool, among: Collection[str] = FORMS
+) -> Question:
+    forms = [form for form in FORMS if form in among and (form != "long" or subject.more)]
     while True:
         form = rng.choices(forms, [_FORMS[name][1] for name in forms])[0]
         before, core, behind = rng.choice(_BEFORE), rng.choice(subject.cores), rng.choice(_FORMS[form][0])

@@ -8,38 +8,31 @@ import contextlib
 import math
 import random
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
-from typing import TypeVar
 
 from iotd.client import Client
 from iotd.demo import simulate
 from iotd.demo.broker import embedded_broker
 from iotd.demo.child import Child
-from iotd.demo.daemon import home_daemon
+from iotd.demo.daemon import DEMO_SECTIONS, START_S, home_daemon, wait_for
 from iotd.demo.ledger import Ledger
 from iotd.demo.package import demo_package
 from iotd.demo.questions import KIND_WEIGHTS, Question
 from iotd.demo.screen import Asked, Screen, open_screen
-from iotd.errors import IotdError, Unavailable
+from iotd.errors import IotdError
 from iotd.events import ServerStatus
-
-T = TypeVar("T")
 
 SEED = 115
 """A home with doors open, and a car, a parcel, a dog and a person to be seen, within the first minute."""
-START_S = 60.0
 PAUSE_S = 2.0
 """Between two questions."""
 LOOK_S = 1.0
 """Between two looks at the daemon's figures."""
-POLL_S = 0.1
-"""Between two looks for what the demo waits for."""
 SLACK_S = 0.25
 """An answer counts as late when its last event came later than its budget and this, for the way back."""
 NODE = "demo"
@@ -47,7 +40,6 @@ BUDGET_S = {"brief": 2.0, "json": 3.0, "sentence": 3.0, "long": 5.0}
 """By the form of the answer that is asked for."""
 MAX_TOKENS = 96
 
-WINDOW_TOKENS = 1024
 READINGS_HZ, FRAMES_HZ = 8.0, 1.0
 """A round of this home's devices has 18 readings of 17 tokens, and 2 frames of 42: the newest half of the window holds
 more than that."""
@@ -145,43 +137,25 @@ def _stage(screen: Screen, seed: int) -> Iterator[_Stage]:
     with contextlib.ExitStack() as stack:
         broker = stack.enter_context(embedded_broker())
         daemon, target = stack.enter_context(
-            home_daemon(
-                package,
-                (broker.host, broker.port),
-                node=NODE,
-                start_s=START_S,
-                context={"window": WINDOW_TOKENS},
-                ask={"temperature": 0.0, "presence_penalty": 0.0},
-            )
+            home_daemon(package, (broker.host, broker.port), node=NODE, start_s=START_S, **DEMO_SECTIONS)
         )
         client = stack.enter_context(Client(target))
         _introduce(screen, target, broker.host, broker.port)
-        _wait_for("connection to the broker", lambda: (link := client.status().link) and link.connected)
+        wait_for("connection to the broker", lambda: (link := client.status().link) and link.connected)
         ledger = Ledger()
-        home = stack.enter_context(_home(broker.host, broker.port, seed, ledger))
-        yield _Stage(daemon, home, client, ledger)
-
-
-@contextlib.contextmanager
-def _home(host: str, port: int, seed: int, ledger: Ledger) -> "Iterator[Future[simulate.Totals]]":
-    """The simulated home, in a thread."""
-    stopping = threading.Event()
-    with ThreadPoolExecutor(1, "simulated-home") as pool:
-        try:
-            yield pool.submit(
-                simulate.run,
-                host,
-                port,
+        home = stack.enter_context(
+            simulate.running(
+                broker.host,
+                broker.port,
                 seed=seed,
                 rate_hz=READINGS_HZ,
                 frame_hz=FRAMES_HZ,
                 speed=SPEED,
                 lived_in=True,
-                stopping=stopping,
                 tell=ledger.tell,
             )
-        finally:
-            stopping.set()
+        )
+        yield _Stage(daemon, home, client, ledger)
 
 
 def _introduce(screen: Screen, target: str, host: str, port: int) -> None:
@@ -191,7 +165,7 @@ def _introduce(screen: Screen, target: str, host: str, port: int) -> None:
 
 def _converse(stage: _Stage, screen: Screen, tally: _Tally, rng: random.Random, for_s: float | None) -> None:
     """Ask one question after the other."""
-    _wait_for("frame read", lambda: stage.status().engine.counters.get("frames_read"))
+    wait_for("frame read", lambda: stage.status().engine.counters.get("frames_read"))
     end_s = time.monotonic() + for_s if for_s else math.inf
     for question in _questions(stage, rng):
         asked = _ask(stage.client, question)
@@ -207,7 +181,7 @@ def _questions(stage: _Stage, rng: random.Random) -> Iterator[Question]:
     while True:
         kinds = [*KIND_WEIGHTS]
         while kinds:
-            question = _wait_for("settled answer", partial(stage.ledger.question, rng, kinds))
+            question = wait_for("settled answer", partial(stage.ledger.question, rng, kinds))
             kinds.remove(question.kind)
             yield question
 
@@ -246,13 +220,3 @@ def _ask(client: Client, question: Question) -> Asked:
         in_time=not error and total_s <= budget_s + SLACK_S,
         error=error,
     )
-
-
-def _wait_for(what: str, find: Callable[[], T | None]) -> T:
-    """What `find` finds, as soon as it does. Raises Unavailable where that takes too long."""
-    end_s = time.monotonic() + START_S
-    while not (found := find()):
-        if time.monotonic() > end_s:
-            raise Unavailable(f"no {what} within {START_S:g} s")
-        time.sleep(POLL_S)
-    return found

@@ -1,10 +1,13 @@
 """Publishes the simulated home to a broker, as its devices would: texts, JSON and JPEG on their own topics."""
 
+import contextlib
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from iotd.demo.devices import CAMERA_TOPIC, Devices, Report
 from iotd.demo.home import Home
@@ -66,6 +69,17 @@ def run(
             else:
                 out.readings()
         return out.totals
+
+
+@contextlib.contextmanager
+def running(host: str, port: int, **options: Any) -> "Iterator[Future[Totals]]":
+    """The same in a thread, until the end of the `with` block."""
+    stopping = threading.Event()
+    with ThreadPoolExecutor(1, "simulated-home") as pool:
+        try:
+            yield pool.submit(run, host, port, stopping=stopping, **options)
+        finally:
+            stopping.set()
 
 
 class _Out:

@@ -32,8 +32,11 @@ Scale = Callable[[float], float]
 """From a value to px."""
 
 
-def svg(figures: Sequence[Figure], caption: str) -> str:
-    """A chart of all figures that name it, unless there is but one. caption: stands below, in lines."""
+def svg(figures: Sequence[Figure], caption: str, axis: str = "") -> str:
+    """A chart of all figures that name it, unless there is but one.
+
+    caption: stands below, in lines. axis: what figures stand over in charts that AXES does not have.
+    """
     charts = {name: [f for f in figures if f.chart == name] for name in dict.fromkeys(f.chart for f in figures) if name}
     charts = {name: found for name, found in charts.items() if len(found) > 1}
     engines = dict.fromkeys(f.engine for found in charts.values() for f in found)
@@ -47,12 +50,16 @@ def svg(figures: Sequence[Figure], caption: str) -> str:
     ]
     for n, (name, found) in enumerate(charts.items()):
         row, column = divmod(n, COLUMNS)
-        parts += [f'<g transform="translate({column * WIDTH} {row * HEIGHT})">', *_chart(name, found, colours), "</g>"]
+        parts += [
+            f'<g transform="translate({column * WIDTH} {row * HEIGHT})">',
+            *_chart(name, found, colours, AXES.get(name, axis)),
+            "</g>",
+        ]
     parts += [_text(LEFT, below + LINE * (n + 1), line, "start") for n, line in enumerate(lines)]
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _chart(name: str, figures: list[Figure], colours: dict[str, str]) -> Iterator[str]:
+def _chart(name: str, figures: list[Figure], colours: dict[str, str], axis: str) -> Iterator[str]:
     step = _step(max(f.highest for f in figures))
     n_steps = math.ceil(max(f.highest for f in figures) / step)
 
@@ -63,10 +70,10 @@ def _chart(name: str, figures: list[Figure], colours: dict[str, str]) -> Iterato
     for n in range(n_steps + 1):
         yield _line(LEFT, y(n * step), RIGHT, y(n * step), FAINT if n else INK)
         yield _text(LEFT - 8, y(n * step) + 4, f"{n * step:g}", "end")
-    yield from (_curves if figures[0].at else _bars)(name, figures, colours, y)
+    yield from _curves(figures, colours, y, axis) if figures[0].at else _bars(figures, colours, y)
 
 
-def _curves(name: str, figures: list[Figure], colours: dict[str, str], y: Scale) -> Iterator[str]:
+def _curves(figures: list[Figure], colours: dict[str, str], y: Scale, axis: str) -> Iterator[str]:
     """A line for each engine, over the places of its figures."""
     places = sorted({f.at for f in figures})
     place = math.log2 if places[-1] >= 8 * places[0] else float
@@ -78,7 +85,7 @@ def _curves(name: str, figures: list[Figure], colours: dict[str, str], y: Scale)
     for at in places:
         yield _line(x(at), BOTTOM, x(at), BOTTOM + 4, INK)
         yield _text(x(at), BOTTOM + 18, str(at))
-    yield _text((LEFT + RIGHT) / 2, BOTTOM + 38, AXES[name])
+    yield _text((LEFT + RIGHT) / 2, BOTTOM + 38, axis)
     for n, engine in enumerate(dict.fromkeys(f.engine for f in figures)):
         own = [f for f in figures if f.engine == engine]
         points = " ".join(f"{x(f.at):.1f},{y(f.median):.1f}" for f in own)
@@ -90,7 +97,7 @@ def _curves(name: str, figures: list[Figure], colours: dict[str, str], y: Scale)
             yield _text(RIGHT, TOP - 20 + 14 * n, engine, "end", colours[engine])
 
 
-def _bars(name: str, figures: list[Figure], colours: dict[str, str], y: Scale) -> Iterator[str]:
+def _bars(figures: list[Figure], colours: dict[str, str], y: Scale) -> Iterator[str]:
     """A bar for each engine."""
     room = (RIGHT - LEFT) / len(figures)
     for n, f in enumerate(figures):
