@@ -49,7 +49,7 @@ def test_an_answer_is_accepted_then_deltas_then_done(daemon: Daemon, stub: Any) 
     ticket.finish()
     done = next(events)
 
-    assert accepted.accepted == iotd_pb2.AskAccepted(request_id="ask-0", queue_position=0)
+    assert (accepted.accepted.request_id, accepted.accepted.queue_position) == ("ask-0", 0)
     assert [first.delta.text, second.delta.text] == ["Yes, ", "the front door."]
     assert done.done == iotd_pb2.AskDone(
         finish_reason=iotd_pb2.FINISH_REASON_STOP,

@@ -20,6 +20,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 128
 MAX_CAMERA_CHARS = 256
 MAX_SENSOR_PATTERNS = 32
+REPLY_S, REPLY_SHARE = 0.005, 0.1
+"""Kept off a budget for the way there and back, and no more than this part of it: it counts at the caller."""
 REPLY_MARGIN_S = 0.025
 """Kept off the caller's gRPC deadline: past it, its library throws the answer away, so the last message must have
 crossed the network and its event loop by then (a few ms on a LAN, more over busy Wi-Fi)."""
@@ -32,6 +34,7 @@ def deadline_s(request: iotd_pb2.AskRequest, arrived_s: float, remaining_s: floa
     Raises InvalidInput unless the budget is above zero.
     """
     allowed_s = budget_s(request, limits)
+    allowed_s -= min(REPLY_S, REPLY_SHARE * allowed_s)
     if remaining_s is not None:
         allowed_s = min(allowed_s, max(0.0, remaining_s - REPLY_MARGIN_S))
     return arrived_s + allowed_s
