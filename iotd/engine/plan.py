@@ -40,6 +40,8 @@ class Work:
     """The prompt: so many tokens of text, and images between them."""
     max_tokens: int
     thinking: bool = False
+    beside: tuple[int, ...] = ()
+    """Tokens of runs behind the prompt that weigh labels."""
     room: int = 1 << 30
     """Tokens that can be read and said."""
 
@@ -93,40 +95,33 @@ class Planner:
         return [n for part in sizes for n in _cut(part, size)]
 
     def _at(self, work: Work, rung: int, time_s: float, queue_s: float, usual: int) -> Planned:
-        images = [_at_rung(part, rung) for part in work.parts if isinstance(part, Picture)]
-        image_s = sum(
-            self._costs.image_s(_at_rung(part, rung))
-            for part in work.parts
-            if isinstance(part, Picture) and not part.encoded
-        )
+        pictures = [part for part in work.parts if isinstance(part, Picture)]
+        image_s = sum(self._costs.image_s(_at_rung(part, rung)) for part in pictures if not part.encoded)
         prefill_s, end = self._prefill(work, rung)
-        first_s = image_s + prefill_s
-        run_s = self._run_s(work, end)
-        slow_s = self._run_s(work, end, slow=True)
-        least_tokens = {"text": min(LEAST_TOKENS, work.max_tokens), "form": LEAST_RUNS, "labels": 0}[work.kind]
-        least_s = image_s + prefill_s * self._costs.read_spread + least_tokens * slow_s
-        fits = work.max_tokens
-        if run_s > 0:
-            fits = max(1, min(work.max_tokens, floor((time_s - first_s - (slow_s - run_s)) / run_s) + 1))
-        fits = min(fits, max(1, work.room - end + work.position))
-        answer, thinking = self._shared(work, fits, usual)
-        reserved = min(answer, max(usual, least_tokens))
-        plan = Plan(
-            answer_tokens=answer if work.kind != "labels" else 0,
-            reserved_tokens=reserved if work.kind != "labels" else 0,
-            thinking_tokens=thinking,
-            image_tokens=sum(images),
-            predicted=Timings(
-                queue_s=queue_s,
-                image_s=image_s,
-                prefill_s=prefill_s,
-                decode_s=(answer + thinking - 1) * run_s if work.kind != "labels" else 0.0,
-                first_token_s=queue_s + first_s,
-                total_s=queue_s + first_s + (answer + thinking - 1) * run_s * (work.kind != "labels"),
-            ),
+        first_s, run_s, slow_s = image_s + prefill_s, self._run_s(work, end), self._run_s(work, end, slow=True)
+        least = {"text": min(LEAST_TOKENS, work.max_tokens), "form": LEAST_RUNS, "labels": 0}[work.kind]
+        least_s = image_s + prefill_s * self._costs.read_spread + least * slow_s
+        answer, thinking = self._shared(work, self._fits(work, end, time_s - first_s, run_s, slow_s), usual)
+        reserved = min(answer, max(usual, least))
+        decode_s = max(0, answer + thinking - 1) * run_s
+        timings = Timings(
+            queue_s=queue_s,
+            image_s=image_s,
+            prefill_s=prefill_s,
+            decode_s=decode_s,
+            first_token_s=queue_s + first_s,
+            total_s=queue_s + first_s + decode_s,
         )
-        reserved_s = max(least_s, first_s + (reserved + min(thinking, usual)) * run_s) if run_s else least_s
+        plan = Plan(answer, reserved, thinking, sum(_at_rung(part, rung) for part in pictures), timings)
+        reserved_s = max(least_s, first_s + (reserved + min(thinking, usual)) * run_s)
         return Planned(plan, rung, first_s, run_s, least_s, reserved_s)
+
+    def _fits(self, work: Work, position: int, time_s: float, run_s: float, slow_s: float) -> int:
+        """Tokens that there is time and room for, the last one at a slow pace; one at least, and none with labels."""
+        most = min(work.max_tokens, work.room - position + work.position)
+        if work.kind == "labels":
+            return 0
+        return max(1, min(most, floor((time_s - slow_s) / run_s) + 2)) if run_s > 0 else most
 
     def _shared(self, work: Work, fits: int, usual: int) -> tuple[int, int]:
         """Tokens of the answer, and of the thoughts before it."""
@@ -143,7 +138,7 @@ class Planner:
         for i, n_tokens in enumerate(runs):
             seconds += self._costs.read_s(n_tokens, at, logits=i + 1 == len(runs))
             at += n_tokens
-        return seconds, at
+        return seconds + sum(self._costs.read_s(n_tokens, at, logits=True) for n_tokens in work.beside), at
 
     def _run_s(self, work: Work, position: int, *, slow: bool = False) -> float:
         if work.kind == "labels":
