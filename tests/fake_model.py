@@ -19,6 +19,7 @@ from iotd.model.constrained import ConstrainedGeneration
 from iotd.model.endings import Endings
 from iotd.model.generation import Generation
 from iotd.model.grammar import Constraint, Grammars
+from iotd.model.tokenizer import TextStream
 
 MODULUS = (1 << 61) - 1
 CONTROLS = ["<user>", "<system>", "<end>", "<image>", "</image>", "<close>", "<think>", "</think>"]
@@ -122,17 +123,8 @@ class FakeTokenizer:
                 ids += [256 + CONTROLS.index(piece)] if special and piece in CONTROLS else piece.encode()
         return ids
 
-    def stream(self) -> "FakeTokenizer":
-        return self
-
-    def push(self, token: int) -> str:
-        return chr(token)
-
-    def peek(self, tokens: Iterable[int]) -> str:
-        return "".join(map(chr, tokens))
-
-    def flush(self) -> str:
-        return ""
+    def stream(self) -> TextStream:
+        return TextStream(self, frozenset())  # type: ignore[arg-type] # a stand-in
 
 
 CHAT = ChatTemplate(

@@ -1,6 +1,6 @@
 """Generations whose every token a test decides."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ Floats = NDArray[np.float32]
 class Script:
     """Stands in for the decoder: makes a generation draw these tokens, one a run, and remembers what was read."""
 
-    def __init__(self, model: Model, tokens: Iterable[int]) -> None:
+    def __init__(self, model: Model, tokens: Iterable[int], below: Mapping[int, float] | None = None) -> None:
+        """below: what other tokens' logits are below the drawn ones', which is 10 for the rest."""
         self.model = model
+        self.below = below or {}
         self.read: list[int] = []
         self.n_runs = 0
         self.go_on(tokens, at=0)
@@ -37,8 +39,10 @@ class Script:
         return self._logits()
 
     def _logits(self) -> Floats:
-        found = np.zeros(self.model.spec.vocab_size, np.float32)
-        found[self.tokens[self._at]] = 1
+        found = np.full(self.model.spec.vocab_size, -10.0, np.float32)
+        for token, below in self.below.items():
+            found[token] = -below
+        found[self.tokens[self._at]] = 0
         return found
 
     def generation(self, capacity: int = 1000, **sampling: Any) -> Generation:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scripted_decoder import Script, told
 from scripted_model import ScriptedModel
 
-from iotd.errors import DeadlineExceeded
-from iotd.events import Delta, Done, Failed, FinishReason, Sampling
+from iotd.engine.plan import LEAST_TOKENS
+from iotd.events import Delta, Done, FinishReason, Sampling
 from iotd.model import Model
 from iotd.model.generation import Generation
 
@@ -175,10 +175,13 @@ def test_a_thought_is_not_the_first_word() -> None:
     assert sink.end.timings.first_token_s == pytest.approx(4.0)
 
 
-def test_thoughts_alone_are_no_answer() -> None:
-    engine = DrivenEngine(ScriptedModel(b"Let me see, and see again."))
+def test_thoughts_that_would_take_all_the_time_make_way_for_an_answer() -> None:
+    engine = DrivenEngine(ScriptedModel(b"Let me see, and see again and again, for as long as there is."))
     engine.clock.costs_s = {"step": 1.0}
-    sink, _ = engine.ask(thinking=True, max_tokens=50, budget_s=4.5)
+    engine._calibrate()
+    sink, _ = engine.ask(thinking=True, max_tokens=200, budget_s=50.5)
     engine.settle()
     assert sink.thoughts.startswith("Let")
-    assert isinstance(sink.end, Failed) and isinstance(sink.end.error, DeadlineExceeded)
+    assert len(sink.text) >= LEAST_TOKENS
+    assert isinstance(sink.end, Done) and sink.end.finish_reason is FinishReason.BUDGET
+    assert sink.end.timings.total_s <= 50.5

@@ -25,6 +25,10 @@ from iotd.model.state import State
 
 SENTENCE_TOKENS = 24
 """With less time left than these take, a sentence is told when it is whole."""
+HASTE_TOKENS = 12
+"""With less time left than these take, the answer is led towards the end of its sentence, more with each token."""
+MORE_TOKENS = 4
+"""With less time left than these take, nothing is begun behind a whole sentence."""
 GUESS_TOKENS = 8
 """A run of guesses takes up to four times as long as one of a single token: with less time left, none is made."""
 
@@ -119,7 +123,8 @@ class Answer:
             return FinishReason.CANCELLED
         if self._generation is None:
             return FinishReason.BUDGET if self._call.expired(self._kit.clock()) else None
-        return None if self._runs_left() else FinishReason.BUDGET
+        least = MORE_TOKENS if self._free_text and self._sentences.whole else 1
+        return None if self._runs_left() >= least else FinishReason.BUDGET
 
     @property
     def _plan(self) -> Plan:
@@ -220,10 +225,12 @@ class Answer:
         runs_left, plan = self._runs_left(), self._plan
         if runs_left <= plan.answer_tokens or generation.n_tokens >= plan.thinking_tokens:
             generation.end_thought()
+        generation.haste = max(0.0, 1 - (runs_left - 1) / HASTE_TOKENS)
         guess = self._kit.drafting and runs_left > GUESS_TOKENS
         n_before = generation.n_tokens
+        last = runs_left == 1 and n_before > 0 and self._free_text
         with self._timed("decode_s"), self._measured(generation, guess):
-            said = generation.step(guess=guess)
+            said = generation.conclude() if last else generation.step(guess=guess)
         meter = self._call.meter
         meter.runs += n_before > 0
         meter.generation_tokens = generation.n_tokens
@@ -257,7 +264,8 @@ class Answer:
         self._call.speak(said.thought, now_s, thought=True)
         near_end = self._free_text and self._runs_left() <= SENTENCE_TOKENS
         text = self._sentences.push(said.answer, near_end=near_end)
-        self._call.speak(text, now_s, ending=self._generation.ending)
+        ending = "" if self._sentences.holding else self._generation.ending
+        self._call.speak(text, now_s, ending=ending)
 
     @contextmanager
     def _timed(self, name: Literal["image_s", "prefill_s", "decode_s"]) -> Iterator[None]:

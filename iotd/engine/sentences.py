@@ -1,11 +1,6 @@
 """How an answer ends where its time does: behind its last whole sentence. Knows no clock and no model."""
 
-import re
-
-_END = re.compile(r"(?:[.!?…]+[\"'”’)\]*]*(?=\s)|[。！？]|\n)\s*")
-"""A sentence has ended, with the space behind it: a point inside of a number or a name has none."""
-_WHOLE = re.compile(r"(?:(?<!\d)[.!?…]+[\"'”’)\]*]*|[。！？]|\n)\s*\Z")
-"""The same at the end of the text; behind a digit a point may be a decimal one."""
+from iotd.model.endings import ELLIPSIS, SENTENCE_END, TAIL, ends_sentence
 
 
 class Sentences:
@@ -17,10 +12,10 @@ class Sentences:
 
     def push(self, text: str, *, near_end: bool) -> str:
         """What can be told by now."""
-        if not self._held and not (near_end and self._whole):
+        if not self._held and not (near_end and ends_sentence(self._told)):
             return self._tell(text)
         self._held += text
-        ends = [match.end() for match in _END.finditer(self._held)]
+        ends = [match.end() for match in SENTENCE_END.finditer(self._held)]
         if not ends:
             return ""
         whole, self._held = self._held[: ends[-1]], self._held[ends[-1] :]
@@ -29,14 +24,20 @@ class Sentences:
     def rest(self, *, cut_off: bool) -> str:
         """What is still to be told at the end. cut_off: the answer did not come to an end by itself."""
         held, self._held = self._held, ""
-        return "" if cut_off and not _WHOLE.search(held) else held
+        half = held.endswith(ELLIPSIS) or not ends_sentence(held)
+        return "" if cut_off and half else held
 
     @property
-    def _whole(self) -> bool:
-        """Something was told, and nothing half."""
-        return _WHOLE.search(self._told) is not None
+    def holding(self) -> bool:
+        """What was told is whole, and more was said."""
+        return bool(self._held)
+
+    @property
+    def whole(self) -> bool:
+        """Something was said, and what is held back with it, nothing half."""
+        return ends_sentence(self._told + self._held)
 
     def _tell(self, text: str) -> str:
         # The end is all that is looked at.
-        self._told = (self._told + text)[-32:]
+        self._told = (self._told + text)[-TAIL:]
         return text

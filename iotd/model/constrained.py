@@ -1,6 +1,5 @@
 """An answer in the making that keeps to a form, and is valid wherever it ends. Knows no clock, as its parent."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from iotd.events import FinishReason, Sampling
@@ -49,6 +48,21 @@ class ConstrainedGeneration(Generation):
             self._say_forced()
         return self._told()
 
+    def conclude(self) -> Said:
+        """Be done: there is nothing to wait for, as it can be closed at any time."""
+        self.finish_reason = self.finish_reason or FinishReason.BUDGET
+        return self._told()
+
+    @property
+    def ending(self) -> str:
+        return self._text.peek(self._constraint.closing) if self._n_drawn and not self.done else ""
+
+    def close(self) -> Said:
+        """A short rest of an answer from here; nothing where the model has not chosen anything yet."""
+        if self._n_drawn:
+            self._write(self._constraint.closing)
+        return self._told()
+
     def _draw_one(self) -> None:
         allowed = self._constraint.allowed()
         if not len(allowed):
@@ -58,16 +72,6 @@ class ConstrainedGeneration(Generation):
         token = int(allowed[self._sampler.draw(logits[allowed])])
         self._n_drawn += 1
         self._say([token])
-
-    @property
-    def ending(self) -> str:
-        return self._text.peek(self._constraint.closing) if self._n_drawn and not self.done else ""
-
-    def close(self) -> Said:
-        """A short rest of an answer from here; nothing where the model has not chosen anything yet."""
-        if self._n_drawn:
-            self._append(self._constraint.closing)
-        return self._told()
 
     def _say_forced(self) -> None:
         while not self.done and (forced := self._constraint.forced()):
@@ -81,7 +85,7 @@ class ConstrainedGeneration(Generation):
         if not self._constraint.take(tokens, self._max_tokens - self.n_tokens - len(tokens)):
             self._cut(FinishReason.LENGTH)
             return
-        self._append(tokens)
+        self._write(tokens)
         if self._constraint.ended:
             self.finish_reason = FinishReason.STOP
         elif not self._has_room():
@@ -89,9 +93,4 @@ class ConstrainedGeneration(Generation):
 
     def _cut(self, reason: FinishReason) -> None:
         self.finish_reason = reason
-        self._append(self._constraint.closing)
-
-    def _append(self, tokens: Sequence[int]) -> None:
-        self._add(tokens)
-        for token in tokens:
-            self._hear(self._text.push(token))
+        self._write(self._constraint.closing)

@@ -1,7 +1,7 @@
 """The model as the rest of iotd sees it: one opened package, with what is needed to read and to answer."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal, overload
 
@@ -48,6 +48,8 @@ class Model:
         self.manifest = manifest
         self.tokenizer = Tokenizer.open(folder / TOKENIZER)
         self.chat = ChatTemplate.from_json((folder / CHAT).read_bytes())
+        self.endings = Endings.of(self.tokenizer, self.chat, manifest.spec.eos_token_ids)
+        """How its turns, sentences and thoughts end."""
         self._head = Head(folder, manifest.head, manifest.spec, open_graph, head)
         self._grammars = Grammars(self.tokenizer, manifest.spec.eos_token_ids)
         self._decoder = Decoder(folder, manifest.spec, manifest.embedding, self._head, open_graph)
@@ -109,11 +111,6 @@ class Model:
     @property
     def has_vision(self) -> bool:
         return self.spec.vision is not None
-
-    @cached_property
-    def endings(self) -> Endings:
-        """How its turns and thoughts end."""
-        return Endings.of(self.tokenizer, self.chat, self.spec.eos_token_ids)
 
     def new_state(self, capacity: int = 2048) -> State:
         """An empty state for up to `capacity` tokens; it takes memory as it is filled. Of 0: a fork, to be lent to."""
