@@ -1,9 +1,10 @@
 """Answering one ask on a fork of the context, as units of work between which it can be stopped.
 
-A unit is a fork, a chunk of prompt, an image encoded, or a step of decoding. Knows no queue and no thread.
+A unit is a fork, a chunk of prompt, an image encoded, or a step of decoding or of weighing labels. Knows no queue and
+no thread.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,9 +21,10 @@ from iotd.engine.lines import Lines
 from iotd.engine.sentences import Sentences
 from iotd.engine.sessions import Session, Sessions
 from iotd.errors import ContextOverflow, NotFound
-from iotd.events import FinishReason
+from iotd.events import FinishReason, Labels
 from iotd.model import Model
 from iotd.model.generation import Generation
+from iotd.model.labels import Path, Weighing
 from iotd.model.state import State
 
 SENTENCE_TOKENS = 24
@@ -59,6 +61,8 @@ class Answer:
         self._call = call
         self._kit = kit
         self._generation: Generation | None = None
+        self._weighing: Weighing | None = None
+        """In a generation's place, where the ask has labels."""
         self._free_text = call.ask.format is None
         self._sentences = Sentences()
         self._step_s = 0.0
@@ -125,12 +129,17 @@ class Answer:
         return FinishReason.BUDGET if self._call.expired(now_s) else None
 
     def _finished(self) -> FinishReason | None:
+        if self._weighing is not None and self._weighing.done:
+            self._call.weighed = self._weighing.result()
+            return FinishReason.STOP
         return None if self._generation is None else self._generation.finish_reason
 
     def _work(self) -> Generator[None, None, None]:
         if self._call.ask.session is not None:
             self._session = self._kit.sessions.get(self._call.ask.session)
         prompt = self._prompt()
+        labels = self._call.ask.labels
+        paths = self._paths(labels, prompt) if labels is not None else []
         sampling, form = self._call.ask.sampling, self._call.ask.format
         constraint = self._kit.model.constraint(form, sampling.max_tokens) if form is not None else None
         self._fork()
@@ -139,6 +148,9 @@ class Answer:
             yield from self._encode(chunk)
             self._feed(chunk)
             yield
+        if labels is not None:
+            yield from self._weigh(labels, paths, prompt[-1])
+            return
         logits = self._feed(prompt[-1], logits=True, only=constraint.allowed() if constraint is not None else None)
         assert logits is not None
         said = self._said(prompt) if self._kit.drafting else None
@@ -148,6 +160,25 @@ class Answer:
         while True:
             yield
             self._step(self._generation)
+
+    def _paths(self, labels: Labels, prompt: list[Chunk]) -> list[Path]:
+        """The tokens of each label. Raises InvalidInput, or ContextOverflow where one does not fit behind it all."""
+        paths = self._kit.model.label_paths(labels.texts)
+        needed, available = count_tokens(prompt) + max(map(len, paths)), self._parent.available
+        if needed > available:
+            raise ContextOverflow(needed, available)
+        return paths
+
+    def _weigh(self, labels: Labels, paths: Sequence[Path], chunk: Chunk) -> Iterator[None]:
+        """Read the last chunk, and go on until nobody wants to know more."""
+        model = self._kit.model
+        logits = self._feed(chunk, logits=True, only=model.every_token)
+        assert logits is not None
+        self._weighing = model.weighing(self._kit.fork, logits, labels, paths)
+        while True:
+            yield
+            with self._timed("prefill_s"):
+                self._weighing.step()
 
     def _encode(self, chunk: Chunk) -> Iterator[None]:
         if isinstance(chunk, Rows) and chunk.image.embedding is None:

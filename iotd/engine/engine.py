@@ -38,6 +38,8 @@ SAVE_S = 30.0
 """How long a stop waits for a save under way."""
 JOIN_S = 30.0
 """How long a stop waits for the unit of work in hand."""
+FORKS = 2
+"""States without rows of their own: the one that answers run on, and one beside it, for drafts and long labels."""
 COUNTS = (
     "asks",
     "asks_stop",
@@ -113,7 +115,6 @@ class Engine:
             counters=self._counters,
         )
         self._fork = model.new_state(0)
-        self._n_forks = 2 if ask.drafting else 1
         self._ledger = Ledger(self._counters)
         live = self._context.live
         self._sessions = Sessions(
@@ -256,7 +257,7 @@ class Engine:
             newest_event_s=view.newest_s,
             queue_depth=self._asks.depth,
             backlog=len(self._backlog),
-            state_nbytes=self._context.nbytes + self._n_forks * self._fork.nbytes + self._sessions.nbytes,
+            state_nbytes=self._context.nbytes + FORKS * self._fork.nbytes + self._sessions.nbytes,
             forks=self._asks.running,
             sessions=len(self._sessions),
             readings=self._ledger.heard(),
