@@ -64,8 +64,8 @@ _OPTIONS = [
 ]
 
 
-class AskOptions(TypedDict, total=False):
-    """What an ask can be told. Left out or None: the server's default."""
+class QuestionOptions(TypedDict, total=False):
+    """What any question can be told. Left out or None: the server's default."""
 
     images: Sequence[Image]
     """Put before the question, in order."""
@@ -75,16 +75,21 @@ class AskOptions(TypedDict, total=False):
     """For the whole answer, from its arrival at the server."""
     use_context: bool
     """False asks the model alone, without the stream of readings and frames."""
+    exact_readings: bool | None
+    """Puts exact figures of the sensors that the question names before it."""
+    sensors: Sequence[str]
+    """The same for these sensors: labels, or patterns such as `* temperature`."""
+
+
+class AskOptions(QuestionOptions, total=False):
+    """What an ask can be told."""
+
     session: str | None
     """Goes on from an earlier answer: its `session`. Nothing is read again."""
     keep_session: bool | None
     """Keeps where the answer ends, so that another ask can go on from there."""
     catch_up: bool | None
     """With a session: reads what has come since, before the question."""
-    exact_readings: bool | None
-    """Puts exact figures of the sensors that the question names before it."""
-    sensors: Sequence[str]
-    """The same for these sensors: labels, or patterns such as `* temperature`."""
     json_schema: Mapping[str, Any] | str | None
     """The answer is JSON that is valid by this schema, wherever it ends. At most one of this and the next two."""
     regex: str | None
@@ -101,6 +106,17 @@ class AskOptions(TypedDict, total=False):
     thinking: bool | None
 
 
+class ClassifyOptions(QuestionOptions, total=False):
+    """What a classification can be told."""
+
+    length_normalized: bool | None
+    """Scores a label by its mean log probability for each token, so that long ones are not at a disadvantage."""
+    none_of_these: bool | None
+    """Tells, too, how probable it is that the answer begins with none of the labels."""
+    temperature: float | None
+    """Divides the scores; `iotd eval` says which makes them true on the whole."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A whole answer, and how it came about."""
@@ -113,6 +129,27 @@ class Answer:
     """What a further ask goes on from; empty unless this one was told to keep it."""
     thoughts: str = ""
     """What the model thought before it answered; empty unless this was told to, with `thinking`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """How probable each label is, and how that came about."""
+
+    probabilities: dict[str, float]
+    """From 0 to 1 by label; with `none_probability`, where it was asked for, they add up to 1."""
+    log_probabilities: dict[str, float]
+    """The model's own by label, before any temperature; natural logarithms."""
+    none_probability: float | None
+    """That the answer begins with none of them; None unless it was asked for."""
+    request_id: str
+    usage: Usage
+    timings: Timings
+
+    @property
+    def best(self) -> str | None:
+        """The most probable label; None where that none of them is right is more probable still."""
+        label = max(self.probabilities, key=self.probabilities.__getitem__)
+        return label if self.probabilities[label] >= (self.none_probability or 0.0) else None
 
 
 class _Stream:
@@ -262,6 +299,14 @@ class Client(_Connection):
             pass
         return stream.result
 
+    def classify(self, question: str, labels: Sequence[str], **options: Unpack[ClassifyOptions]) -> Classification:
+        """How probable it is that the answer begins with each of the labels. Raises IotdError."""
+        request, timeout_s = _classify_request(question, labels, **options)
+        try:
+            return _classification(self._stub.Classify(request, timeout=timeout_s))
+        except grpc.RpcError as error:
+            raise _error(error, self._target) from error
+
     def status(self, timeout_s: float = STATUS_TIMEOUT_S) -> ServerStatus:
         """What the daemon is doing. Raises IotdError."""
         try:
@@ -299,6 +344,16 @@ class AsyncClient(_Connection):
             async for _ in stream:
                 pass
         return stream.result
+
+    async def classify(
+        self, question: str, labels: Sequence[str], **options: Unpack[ClassifyOptions]
+    ) -> Classification:
+        """How probable it is that the answer begins with each of the labels. Raises IotdError."""
+        request, timeout_s = _classify_request(question, labels, **options)
+        try:
+            return _classification(await self._stub.Classify(request, timeout=timeout_s))
+        except grpc.RpcError as error:
+            raise _error(error, self._target) from error
 
     async def status(self, timeout_s: float = STATUS_TIMEOUT_S) -> ServerStatus:
         """What the daemon is doing. Raises IotdError."""
@@ -350,25 +405,19 @@ def _credentials(
 def _request(
     question: str,
     *,
-    images: Sequence[Image] = (),
-    camera: str | None = None,
-    budget_s: float | None = None,
-    use_context: bool = True,
     session: str | None = None,
     keep_session: bool | None = None,
     catch_up: bool | None = None,
-    exact_readings: bool | None = None,
-    sensors: Sequence[str] = (),
     json_schema: Mapping[str, Any] | str | None = None,
     regex: str | None = None,
     choices: Sequence[str] | None = None,
-    **sampling: Any,
+    **options: Any,
 ) -> tuple[iotd_pb2.AskRequest, float | None]:
     """The request, and the timeout of its call in seconds. Raises InvalidInput for what the proto cannot carry."""
-    request = iotd_pb2.AskRequest(images=[image if isinstance(image, bytes) else _content(image) for image in images])
-    _fill(request, "", {"question": question, "camera": camera, "use_context": use_context})
+    request = iotd_pb2.AskRequest()
+    sampling = {name: options.pop(name) for name in [*options] if name not in QuestionOptions.__annotations__}
+    timeout_s = _ask(request, question, **options)
     _fill(request, "", {"session": session, "keep_session": keep_session, "catch_up": catch_up})
-    _fill(request, "", {"exact_readings": exact_readings, "sensors": sensors})
     _fill(request.sampling, "sampling.", sampling)
     if sum(form is not None for form in (json_schema, regex, choices)) > 1:
         raise errors.InvalidInput("an answer has one form: json_schema, regex or choices", field="format")
@@ -376,13 +425,48 @@ def _request(
     if choices is not None:
         request.choices.SetInParent()
         _fill(request.choices, "", {"choices": choices})
+    return request, timeout_s
+
+
+def _classify_request(
+    question: str,
+    labels: Sequence[str],
+    *,
+    length_normalized: bool | None = None,
+    none_of_these: bool | None = None,
+    temperature: float | None = None,
+    **options: Any,
+) -> tuple[iotd_pb2.ClassifyRequest, float | None]:
+    """As `_request`."""
+    request = iotd_pb2.ClassifyRequest()
+    timeout_s = _ask(request, question, **options)
+    _fill(request, "", {"labels": labels, "temperature": temperature})
+    _fill(request, "", {"length_normalized": length_normalized, "none_of_these": none_of_these})
+    return request, timeout_s
+
+
+def _ask(
+    request: iotd_pb2.AskRequest | iotd_pb2.ClassifyRequest,
+    question: str,
+    *,
+    images: Sequence[Image] = (),
+    camera: str | None = None,
+    budget_s: float | None = None,
+    use_context: bool = True,
+    exact_readings: bool | None = None,
+    sensors: Sequence[str] = (),
+) -> float | None:
+    """Fill in the question. Returns the timeout of the call in seconds."""
+    contents = [image if isinstance(image, bytes) else _content(image) for image in images]
+    _fill(request, "", {"question": question, "images": contents, "camera": camera, "use_context": use_context})
+    _fill(request, "", {"exact_readings": exact_readings, "sensors": sensors})
     if budget_s is None:
-        return request, None
+        return None
     try:
         request.budget.FromNanoseconds(round(budget_s * 1e9))
     except (ValueError, OverflowError) as error:
         raise errors.InvalidInput(f"budget is {budget_s} s: that is no time", field="budget") from error
-    return request, min(max(0.0, budget_s) + SLACK_S, MAX_TIMEOUT_S)
+    return min(max(0.0, budget_s) + SLACK_S, MAX_TIMEOUT_S)
 
 
 def _fill(message: Message, path: str, values: Mapping[str, Any]) -> None:
@@ -426,6 +510,17 @@ def _done(done: iotd_pb2.AskDone) -> Done:
         _usage(done.usage),
         _timings(done.timings),
         done.session,
+    )
+
+
+def _classification(response: iotd_pb2.ClassifyResponse) -> Classification:
+    return Classification(
+        probabilities={each.label: each.probability for each in response.labels},
+        log_probabilities={each.label: each.log_probability for each in response.labels},
+        none_probability=response.none_probability if response.HasField("none_probability") else None,
+        request_id=response.request_id,
+        usage=_usage(response.usage),
+        timings=_timings(response.timings),
     )
 
 

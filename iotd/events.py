@@ -74,6 +74,20 @@ class Format:
 
 
 @dataclass(frozen=True, slots=True)
+class Labels:
+    """Answers to weigh against each other, in place of one answer."""
+
+    texts: tuple[str, ...]
+    """All different, as the model would begin its answer with them."""
+    length_normalized: bool = False
+    """A label's score is its mean log probability for each of its tokens, not their sum."""
+    none_of_these: bool = False
+    """Weigh in that the answer begins with none of them; not with `length_normalized`."""
+    temperature: float = 1.0
+    """Divides the scores; above zero."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """One question, with everything needed to answer it."""
 
@@ -100,6 +114,8 @@ class Ask:
     sampling: Sampling = field(default_factory=Sampling)
     format: Format | None = None
     """The answer has this form, wherever it ends; then without thinking and stop strings."""
+    labels: Labels | None = None
+    """Weigh these in place of an answer; then without session, format and thinking."""
 
 
 class FinishReason(Enum):
@@ -178,6 +194,27 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelScore:
+    """How probable one label is."""
+
+    label: str
+    probability: float
+    """From 0 to 1, after the temperature; of all labels, and of none of them where that was weighed in, 1."""
+    log_probability: float
+    """Natural logarithm of the model's own probability that the answer begins with it, and with no longer label that
+    it begins; divided by its tokens where that was asked for. Before the temperature."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """Labels weighed against each other."""
+
+    labels: tuple[LabelScore, ...]
+    none_probability: float | None = None
+    """That the answer begins with none of them; None where that was not weighed in."""
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """The answer ended well; nothing follows."""
 
@@ -186,6 +223,8 @@ class Done:
     timings: Timings
     session: str = ""
     """By which another ask can go on from here; empty where it was not kept."""
+    weighed: Weighed | None = None
+    """Of an ask with labels, unless it was cancelled."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iotd.errors import ContextOverflow, StateMismatch
-from iotd.events import RGB, Format, Sampling
+from iotd.events import RGB, Format, Labels, Sampling
 from iotd.model.chat import ChatTemplate, ImagePieces, Turn
 from iotd.model.constrained import ConstrainedGeneration
 from iotd.model.endings import Endings
 from iotd.model.generation import Generation
 from iotd.model.grammar import Constraint, Grammars
+from iotd.model.head import MOST_ROWS
+from iotd.model.labels import Path, Weighing, label_paths
 from iotd.model.tokenizer import TextStream
 
 MODULUS = (1 << 61) - 1
@@ -144,6 +146,7 @@ class FakeModel:
     """`eos_every`: about one in so many tokens ends the turn; 0 never ends it."""
 
     name = fingerprint = "fake"
+    every_token = np.arange(VOCAB)
 
     def __init__(self, on_run: Run | None = None, eos_every: int = 0, vision: bool = True) -> None:
         self.on_run = on_run or FakeModel.silent
@@ -211,6 +214,24 @@ class FakeModel:
     ) -> Generation:
         parts: Any = self, state, logits, sampling, self.tokenizer.stream(), self.endings
         return Generation(*parts) if constraint is None else ConstrainedGeneration(*parts, constraint)
+
+    def label_paths(self, labels: Sequence[str]) -> list[Path]:
+        return label_paths(labels, self.tokenizer, None)  # type: ignore[arg-type] # a stand-in
+
+    def weighing(self, state: FakeState, logits: Floats, labels: Labels, paths: Sequence[Path]) -> Weighing:
+        parts: Any = self, state, FakeState(0), logits
+        return Weighing(*parts, labels, paths)
+
+    def verify(self, state: FakeState, beside: FakeState, tokens: Sequence[int], n_rows: int, **_: Any) -> Floats:
+        assert 1 <= n_rows <= MOST_ROWS
+        self.on_run("verify", len(tokens))
+        if len(tokens) > state.available:
+            raise ContextOverflow(len(tokens), state.available)
+        rows = []
+        for n in range(len(tokens) - n_rows + 1, len(tokens) + 1):
+            beside.trace = [*state.trace, *tokens[:n]]
+            rows.append(self.logits(beside))
+        return np.array(rows)
 
     def logits(self, state: FakeState) -> Floats:
         """float32 [V]: one letter, or the end of the turn, stands out; which one, the whole history decides."""

@@ -25,11 +25,13 @@ from iotd.events import (
     EngineStatus,
     Failed,
     FinishReason,
+    LabelScore,
     LinkStatus,
     ServerStatus,
     ServingState,
     Timings,
     Usage,
+    Weighed,
 )
 from iotd.model.grammar import Grammars
 from iotd.rpc import Server
@@ -42,6 +44,9 @@ DONE = Done(
     Usage(context_tokens=100, prompt_tokens=12, image_tokens=4, generation_tokens=2),
     Timings(queue_s=0.25, image_s=0.5, prefill_s=0.125, decode_s=1.5, first_token_s=0.875, total_s=2.5),
 )
+
+WEIGHED = Weighed((LabelScore("yes", 0.75, -0.5), LabelScore("no", 0.125, -2.25)), none_probability=0.125)
+"""What a classification comes to."""
 
 STATUS = ServerStatus(
     version="1.2.3",

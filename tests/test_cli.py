@@ -95,6 +95,8 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
         ["ask", "a", "--budget", "soon"],
         ["ask", "a", "--image", "/no"],
         ["ask", "a", "--temperature", "nan"],
+        ["classify", "a"],
+        ["classify", "a", "--label", "b", "--temperature", "0"],
         ["simulate", "--speed", "inf"],
         ["simulate", "--rate", "1e9"],
         ["simulate", "--frames", "nan"],
@@ -180,6 +182,35 @@ def test_an_answer_is_one_of_the_choices_or_matches_an_expression(daemon: ServeP
     ask = ["ask", "Is it warm?", "--target", daemon.target]
     assert iotd(*ask, "--choice", "yes", "--choice", "no").stdout in ("yes\n", "no\n")
     assert iotd(*ask, "--regex", "[xyz]{3}").stdout.strip("xyz") == "\n"
+
+
+def test_labels_are_told_with_their_probabilities_the_likeliest_first(daemon: ServeProcess) -> None:
+    args = ["classify", "Is it warm?", "--target", daemon.target, "--label", "yes", "--label", "no", "--label", "a"]
+    result = iotd(*args, "--none-of-these")
+    assert (result.returncode, result.stderr) == (0, "")
+    *labels, none = [line.split("%  ") for line in result.stdout.splitlines()]
+    assert {label for _, label in labels} == {"yes", "no", "a"}
+    assert none[1] == "(none of these)"
+    shown = [float(percent) for percent, _ in labels]
+    assert shown == sorted(shown, reverse=True)
+    assert sum(shown) + float(none[0]) == pytest.approx(100, abs=0.1)
+
+
+def test_labels_in_json_are_one_object(daemon: ServeProcess) -> None:
+    args = ["classify", "Is it warm?", "--target", daemon.target, "--label", "yes", "--label", "no", "--json"]
+    told = json.loads(iotd(*args, "--length-normalized", "--temperature", "2").stdout)
+    assert told["best"] == max(told["probabilities"], key=told["probabilities"].get)
+    assert sum(told["probabilities"].values()) == pytest.approx(1)
+    assert set(told["log_probabilities"]) == {"yes", "no"}
+    assert told["none_probability"] is None
+    assert told["usage"]["generation_tokens"] == 0
+    assert told["timings"]["total_s"] > 0
+
+
+def test_a_label_given_twice_is_one_sentence_and_exit_code_1(daemon: ServeProcess) -> None:
+    result = iotd("classify", "Is it warm?", "--target", daemon.target, "--label", "yes", "--label", "yes")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "iotd: labels[1] is labels[0] again: give each label once\n"
 
 
 def test_a_form_that_does_not_compile_is_one_sentence_and_exit_code_1(daemon: ServeProcess) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_engine import DONE, PNG, STATUS, WAIT_S, Daemon, ScriptedTicket, running
+from scripted_engine import DONE, PNG, STATUS, WAIT_S, WEIGHED, Daemon, ScriptedTicket, running
 
 from iotd import errors
-from iotd.client import Answer, AsyncClient, Client
+from iotd.client import Answer, AsyncClient, Classification, Client
 from iotd.config import AskConfig, GrpcConfig
-from iotd.events import Accepted, Format, Sampling
+from iotd.events import Accepted, Format, Labels, Sampling
+from iotd.rpc.request import REPLY_S
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_every_option_reaches_the_engine(daemon: Daemon, client: Client, tmp_pat
     assert len(ask.images) == 3
     assert (ask.question, ask.camera, ask.use_context) == ("Who is there?", "porch", False)
     assert ask.sampling == Sampling(0.0, 0.5, 0, -1.0, 7, 9, ("\n",), True)
-    assert ask.deadline_s - ask.arrived_s == pytest.approx(3.0)
+    assert ask.deadline_s - ask.arrived_s == pytest.approx(3.0 - REPLY_S)
 
 
 def test_options_left_out_or_none_are_the_servers(daemon: Daemon, client: Client) -> None:
@@ -110,7 +111,7 @@ def test_options_left_out_or_none_are_the_servers(daemon: Daemon, client: Client
     ask = daemon.engine.next().ask
     assert ask.sampling == Sampling()
     assert (ask.camera, ask.use_context) == (None, True)
-    assert ask.deadline_s - ask.arrived_s == pytest.approx(AskConfig().budget_s)
+    assert ask.deadline_s - ask.arrived_s == pytest.approx(AskConfig().budget_s - REPLY_S)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,71 @@ def test_leaving_the_stream_cancels_the_ask(daemon: Daemon, client: Client, way:
             stream.cancel()
             assert "".join(stream) in ("", "Yes")
     assert ticket.cancelled.wait(WAIT_S)
+
+
+def score(ticket: ScriptedTicket) -> None:
+    ticket.finish(replace(DONE, weighed=WEIGHED))
+
+
+SCORED = Classification(
+    {"yes": 0.75, "no": 0.125}, {"yes": -0.5, "no": -2.25}, 0.125, "ask-0", DONE.usage, DONE.timings
+)
+
+
+def test_classify_tells_how_probable_each_label_is(daemon: Daemon, client: Client) -> None:
+    daemon.engine.script = score
+    found = client.classify("Is a door open?", ["yes", "no"])
+    assert found == SCORED
+    assert found.best == "yes"
+    assert replace(found, none_probability=0.8).best is None
+    assert replace(found, none_probability=None).best == "yes"
+    assert daemon.engine.next().ask.labels == Labels(("yes", "no"))
+
+
+def test_every_option_of_a_classification_reaches_the_engine(daemon: Daemon, client: Client) -> None:
+    daemon.engine.script = score
+    client.classify(
+        "Who is there?",
+        ("yes", "no"),
+        images=[PNG],
+        camera="porch",
+        budget_s=3.0,
+        use_context=False,
+        sensors=["* door"],
+        none_of_these=True,
+        temperature=0.5,
+    )
+    ask = daemon.engine.next().ask
+    assert (len(ask.images), ask.camera, ask.use_context, ask.sensors) == (1, "porch", False, ("* door",))
+    assert ask.labels == Labels(("yes", "no"), none_of_these=True, temperature=0.5)
+    assert ask.deadline_s - ask.arrived_s == pytest.approx(3.0 - REPLY_S)
+    client.classify("Who is there?", ["yes"], length_normalized=True, temperature=None)
+    assert daemon.engine.next().ask.labels == Labels(("yes",), length_normalized=True)
+
+
+def test_a_classification_raises_the_servers_error_and_names_a_missing_server(
+    daemon: Daemon, client: Client, closed_port: int
+) -> None:
+    daemon.engine.refusal = errors.InvalidInput("labels[1] is empty", field="labels[1]")
+    with pytest.raises(errors.InvalidInput, match="is empty") as caught:
+        client.classify("Is a door open?", ["yes", "no"])
+    assert caught.value.field == "labels[1]"
+    with Client(f"127.0.0.1:{closed_port}") as nobody, pytest.raises(errors.Unavailable, match="start `iotd serve`"):
+        nobody.classify("Is a door open?", ["yes"])
+    with pytest.raises(errors.InvalidInput) as caught:
+        client.classify("Is a door open?", ["\udcff"])
+    assert caught.value.field == "labels"
+
+
+def test_the_async_client_classifies(daemon: Daemon) -> None:
+    async def talk() -> None:
+        async with AsyncClient(daemon.target) as client:
+            assert await client.classify("Is a door open?", ["yes", "no"]) == SCORED
+            with pytest.raises(errors.InvalidInput, match="there is nothing to choose from"):
+                await client.classify("Is a door open?", [])
+
+    daemon.engine.script = score
+    daemon.run(talk())
 
 
 def test_status_is_the_daemons_own(client: Client) -> None:

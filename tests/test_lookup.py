@@ -77,8 +77,8 @@ def test_too_much_is_not_verified(model: Model) -> None:
     with pytest.raises(ContextOverflow):
         model._decoder.verify(state, model.new_state(0), [1, 2, 3], 1)
     state, _ = state_of(model)
-    with pytest.raises(InvalidInput, match="at most 8 are verified at once"):
-        model._decoder.verify(state, model.new_state(0), [1] * (MOST_ROWS + 1), 1)
+    with pytest.raises(InvalidInput, match="at most 8 of 128 are verified at once"):
+        model._decoder.verify(state, model.new_state(0), [1] * (MOST_ROWS + 1), MOST_ROWS + 1)
     assert state.position == len(PROMPT)
 
 

@@ -15,7 +15,7 @@ from scripted_engine import PNG, Daemon, channel, running
 from iotd import errors
 from iotd.config import AskConfig
 from iotd.rpc.errors import to_status
-from iotd.rpc.request import MAX_QUESTION_CHARS, MAX_STOP_CHARS, MAX_STOPS
+from iotd.rpc.request import MAX_LABEL_CHARS, MAX_LABELS, MAX_QUESTION_CHARS, MAX_STOP_CHARS, MAX_STOPS
 from iotd.rpc.times import duration
 from iotd.v1 import iotd_pb2, iotd_pb2_grpc
 
@@ -160,4 +160,36 @@ def test_a_bad_field_is_named_by_its_path_and_never_reaches_the_engine(
     code, status = failure(stub.Ask(iotd_pb2.AskRequest(**{"question": "why?", **fields})))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert [violation.field for violation in details(status)["BadRequest"].field_violations] == [path]
+    assert daemon.engine.tickets.empty()
+
+
+BAD_CLASSIFY_FIELDS = [
+    ({"question": ""}, "question"),
+    ({"camera": "x" * 300}, "camera"),
+    ({"images": [PNG, b"GIF89a"]}, "images[1]"),
+    ({"budget": duration(0)}, "budget"),
+    ({"labels": []}, "labels"),
+    ({"labels": [str(n) for n in range(MAX_LABELS + 1)]}, "labels"),
+    ({"labels": ["yes", ""]}, "labels[1]"),
+    ({"labels": ["yes", "no", "yes"]}, "labels[2]"),
+    ({"labels": ["x" * (MAX_LABEL_CHARS + 1)]}, "labels[0]"),
+    ({"none_of_these": True, "length_normalized": True}, "none_of_these"),
+    ({"temperature": 0}, "temperature"),
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": math.inf}, "temperature"),
+    ({"temperature": math.nan}, "temperature"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"), BAD_CLASSIFY_FIELDS, ids=[f"{n} {path}" for n, (_, path) in enumerate(BAD_CLASSIFY_FIELDS)]
+)
+def test_a_bad_field_of_a_classification_is_named_as_well(
+    daemon: Daemon, stub: Any, fields: dict[str, Any], path: str
+) -> None:
+    request = iotd_pb2.ClassifyRequest(**{"question": "why?", "labels": ["yes", "no"], **fields})
+    code, status = failure(stub.Classify(request) for _ in "1")
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert [violation.field for violation in details(status)["BadRequest"].field_violations] == [path]
+    assert path in status.message or path in ("question", "images[1]")
     assert daemon.engine.tickets.empty()

@@ -8,7 +8,7 @@ from typing import NoReturn
 import click
 
 from iotd import __version__
-from iotd.cli.ask import ask
+from iotd.cli.ask import ask, classify
 from iotd.cli.bench import bench
 from iotd.cli.daemon import check, serve, state, top
 from iotd.cli.home import demo, evaluate, simulate
@@ -31,7 +31,7 @@ def version() -> None:
     click.echo(f"iotd {__version__}")
 
 
-for command in (serve, check, top, state, ask, convert, pull, bench, simulate, demo, evaluate):
+for command in (serve, check, top, state, ask, classify, convert, pull, bench, simulate, demo, evaluate):
     commands.add_command(command)
 
 

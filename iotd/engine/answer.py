@@ -1,6 +1,7 @@
 """Answering one ask on a fork of the context, as units of work between which it can be stopped.
 
-A unit is a fork, a chunk of prompt, an image encoded, or a step of decoding. Knows no queue and no thread.
+A unit is a fork, a chunk of prompt, an image encoded, or a step of decoding or of weighing labels. Knows no queue and
+no thread.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -18,9 +19,10 @@ from iotd.engine.plan import LEAST_TOKENS, Planned, Planner, run_size
 from iotd.engine.prompt import Prompts
 from iotd.engine.sentences import Sentences
 from iotd.engine.sessions import Session
-from iotd.events import FinishReason, Plan
+from iotd.events import FinishReason, Labels, Plan
 from iotd.model import Model
 from iotd.model.generation import Generation, Said
+from iotd.model.labels import Weighing
 from iotd.model.state import State
 
 SENTENCE_TOKENS = 24
@@ -60,6 +62,8 @@ class Answer:
         self._call = call
         self._kit = kit
         self._generation: Generation | None = None
+        self._weighing: Weighing | None = None
+        """In a generation's place, where the ask has labels."""
         self._free_text = call.ask.format is None
         self._sentences = Sentences()
         self._session: Session | None = None
@@ -132,6 +136,9 @@ class Answer:
         return self._call.planned.plan
 
     def _finished(self) -> FinishReason | None:
+        if self._weighing is not None and self._weighing.done:
+            self._call.weighed = self._weighing.result()
+            return FinishReason.STOP
         return None if self._generation is None else self._generation.finish_reason
 
     def _runs_left(self) -> int:
@@ -160,6 +167,7 @@ class Answer:
         if call.ask.session is not None:
             self._session = kit.prompts.sessions.get(call.ask.session)
         prompt = self._prompt()
+        labels = call.ask.labels
         sampling, form = replace(call.ask.sampling, thinking=self._plan.thinking_tokens > 0), call.ask.format
         constraint = kit.model.constraint(form, sampling.max_tokens) if form is not None else None
         self._fork()
@@ -167,6 +175,9 @@ class Answer:
         for chunk in prompt[:-1]:
             yield from self._encode(chunk)
             self._feed(chunk)
+            yield
+        if labels is not None:
+            yield from self._weigh(labels, prompt[-1])
             yield
         logits = self._feed(prompt[-1], logits=True, only=constraint.allowed() if constraint is not None else None)
         assert logits is not None
@@ -204,6 +215,18 @@ class Answer:
 
     def _planned(self, time_s: float) -> Planned:
         return self._kit.planner.fit(self._call.work, time_s) or self._kit.planner.least(self._call.work)
+
+    def _weigh(self, labels: Labels, chunk: Chunk) -> Iterator[None]:
+        """Read the last chunk, and go on until nobody wants to know more."""
+        call, model = self._call, self._kit.model
+        paths = model.label_paths(labels.texts)
+        logits = self._feed(chunk, logits=True, only=model.every_token)
+        assert logits is not None
+        self._weighing = model.weighing(self._kit.fork, logits, labels, paths)
+        for n_tokens in call.work.beside:
+            yield
+            with self._timed("prefill_s"), self._kit.costs.read(n_tokens, self._kit.fork.position, logits=True):
+                self._weighing.step()
 
     def _encode(self, chunk: Chunk) -> Iterator[None]:
         if isinstance(chunk, Rows) and chunk.image.embedding is None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from iotd.engine.plan import Planned, Work
 from iotd.errors import DeadlineExceeded
-from iotd.events import Accepted, AnswerEvent, Ask, Delta, Done, Failed, FinishReason, Timings, Usage
+from iotd.events import Accepted, AnswerEvent, Ask, Delta, Done, Failed, FinishReason, Timings, Usage, Weighed
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,8 @@ class Call:
         self.cancelled = False
         self.session = ""
         """By which its answer can be gone on with, once it has ended."""
+        self.weighed: Weighed | None = None
+        """What became of its labels, once that is known."""
         self._sink = sink
         self._lock = threading.Lock()
         self._ended = False
@@ -107,7 +109,7 @@ class Call:
             return True
 
     def done(self, reason: FinishReason, now_s: float) -> Done:
-        return Done(reason, self.usage(), self.timings(now_s), self.session)
+        return Done(reason, self.usage(), self.timings(now_s), self.session, self.weighed)
 
     def overdue(self, now_s: float) -> Done | Failed:
         """How a call ends whose deadline has come: with what was said, or with an error."""

@@ -43,6 +43,8 @@ SAVE_S = 30.0
 """How long a stop waits for a save under way."""
 JOIN_S = 30.0
 """How long a stop waits for the unit of work in hand."""
+FORKS = 2
+"""States without rows of their own: the one that answers run on, and one beside it, for drafts and long labels."""
 COUNTS = (
     "asks",
     "asks_stop",
@@ -126,7 +128,6 @@ class Engine:
             counters=self._counters,
         )
         self._fork = model.new_state(0)
-        self._n_forks = 2 if ask.drafting else 1
         self._ledger = Ledger(self._counters)
         live = self._context.live
         self._sessions = Sessions(
@@ -134,6 +135,7 @@ class Engine:
         )
         reader = Reader(self._backlog, lines, self._context, chunk_tokens, self._counters)
         self._prompts = Prompts(
+            model=model,
             lines=lines,
             context=self._context,
             backlog=self._backlog,
@@ -291,7 +293,7 @@ class Engine:
             newest_event_s=view.newest_s,
             queue_depth=self._asks.depth,
             backlog=len(self._backlog),
-            state_nbytes=self._context.nbytes + self._n_forks * self._fork.nbytes + self._sessions.nbytes,
+            state_nbytes=self._context.nbytes + FORKS * self._fork.nbytes + self._sessions.nbytes,
             forks=self._asks.running,
             sessions=len(self._sessions),
             readings=self._ledger.heard(),

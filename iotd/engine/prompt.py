@@ -17,6 +17,8 @@ from iotd.engine.plan import Picture, Work
 from iotd.engine.sessions import Session, Sessions
 from iotd.errors import ContextOverflow, NotFound
 from iotd.events import RGB, Ask
+from iotd.model import Model
+from iotd.model.labels import run_sizes
 from iotd.model.state import State
 
 MAX_EXACT = 16
@@ -34,6 +36,7 @@ See = Callable[[Shot | RGB, int], Any]
 class Prompts:
     """Makes the prompts of one engine."""
 
+    model: Model
     lines: Lines
     context: Context
     backlog: Backlog
@@ -53,17 +56,20 @@ class Prompts:
     def work(self, ask: Ask) -> Work:
         """What answering takes, but for what is caught up with. Raises NotFound, ContextOverflow or InvalidInput."""
         parent = self.parent(ask)
+        paths = self.model.label_paths(ask.labels.texts) if ask.labels is not None else []
         parts = self._parts(ask, self._picture, thinking=ask.sampling.thinking, words=MOST_WORDS)
         counted = [part if isinstance(part, Picture) else len(part) for part in parts]
         least = sum(part.sizes[-1] if isinstance(part, Picture) else part for part in counted)
-        if least > parent.available - 1:
-            raise ContextOverflow(least, parent.available - 1)
+        available = parent.available - max([1, *map(len, paths)])
+        if least > available:
+            raise ContextOverflow(least, available)
         return Work(
-            kind="form" if ask.format is not None else "text",
+            kind="labels" if paths else "form" if ask.format is not None else "text",
             position=parent.position,
             parts=_joined(counted),
             max_tokens=ask.sampling.max_tokens,
             thinking=ask.sampling.thinking,
+            beside=tuple(run_sizes(paths)),
             room=parent.available,
         )
 
@@ -102,7 +108,8 @@ class Prompts:
             parts.extend(self.lines.camera(shot, see(shot, self.lines.frame_tokens(shot))))
         each = self.image_tokens // max(len(ask.images), 1)
         images = [see(rgb, each) for rgb in ask.images]
-        told = words if self.tell_length and ask.format is None and words >= LEAST_WORDS else 0
+        free = ask.format is None and ask.labels is None
+        told = words if self.tell_length and free and words >= LEAST_WORDS else 0
         return parts + self.lines.question(ask.question, images, thinking=thinking, words=min(told, MOST_WORDS))
 
     def _picture(self, seen: Shot | RGB, most: int) -> Picture:

@@ -74,21 +74,25 @@ class Decoder:
         logits: Floats = self._head.logits(self._hidden[0, :1], only=only)[0]
         return logits
 
-    def verify(self, state: State, beside: State, token_ids: Sequence[int], n_rows: int) -> Floats:
+    def verify(
+        self, state: State, beside: State, token_ids: Sequence[int], n_rows: int, *, only: Ints | None = None
+    ) -> Floats:
         """Read a few tokens after `state`, which stays as it is; it is `beside`, without rows of its own, that has read
-        them. Returns float32 [n_rows, V] after each of the last of them, a view that the next call overwrites.
+        them. Returns float32 [n_rows, V] after each of the last of them, a view that the next call overwrites; `only`
+        is as in `prefill`.
 
-        Raises ContextOverflow or InvalidInput before anything is run, also for more than MOST_ROWS tokens.
+        Raises ContextOverflow or InvalidInput before anything is run, as for more than CHUNK tokens or MOST_ROWS rows.
         """
         ids = self._checked_ids(token_ids)
         self._check_room(state, len(ids))
-        if not 1 <= n_rows <= len(ids) <= MOST_ROWS:
-            raise InvalidInput(f"logits of {n_rows} of {len(ids)} tokens: at most {MOST_ROWS} are verified at once")
+        if not 1 <= n_rows <= min(len(ids), MOST_ROWS) or len(ids) > CHUNK:
+            most = f"{MOST_ROWS} of {CHUNK}"
+            raise InvalidInput(f"logits of {n_rows} of {len(ids)} tokens: at most {most} are verified at once")
         positions = self._embed(state, ids)
         beside.work_beside(state)
         beside.position, beside.rope_position = state.position, state.rope_position + len(ids)
         self._run(beside, positions, n_rows, after=state)
-        return self._head.logits(self._hidden[0, :n_rows])
+        return self._head.logits(self._hidden[0, :n_rows], only=only)
 
     def prefill_embeddings(
         self, state: State, embeddings: Floats, positions: Ints, rope_span: int, *, logits: bool = False

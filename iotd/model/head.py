@@ -54,13 +54,19 @@ class Head:
             self._coarse = _Coarse(graph, self._some, doubts=kind == "two-stage")
         self._logits = np.zeros((1, spec.vocab_size), np.float32)
 
+    @property
+    def shortlist(self) -> Ints | None:
+        """The tokens that have logits, int64 [n] ascending; None where all have."""
+        return self._ids
+
     def logits(self, hidden: Floats, *, only: Ints | None = None) -> Floats:
         """float32 [R, D] → float32 [R, V], a view that the next call overwrites.
 
-        only: tokens int64 [n] of which alone one will be taken. A token whose logit was not computed has −∞: one that
-        is not on the shortlist, and with a coarse head one that is not among those which may have the largest.
+        only: tokens int64 [n] of which alone one will be taken: their logits are exact. A token whose logit was not
+        computed has −∞: one that is not on the shortlist, and with a coarse head one that is not among those which may
+        have the largest.
         """
-        few = only is not None and len(only) <= FEW
+        few = only is not None and len(only) <= min(FEW, self.vocab_size - 1)
         if not few and (only is not None or self._coarse is None):
             return self._all(hidden)
         logits = self._blank(len(hidden))

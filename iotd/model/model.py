@@ -1,7 +1,7 @@
 """The model as the rest of iotd sees it: one opened package, with what is needed to read and to answer."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, overload
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iotd.errors import ContextOverflow, InvalidInput
-from iotd.events import RGB, Format, Sampling
+from iotd.events import RGB, Format, Labels, Sampling
 from iotd.model.chat import ChatTemplate, Message
 from iotd.model.constrained import ConstrainedGeneration
 from iotd.model.decoder import Decoder
@@ -17,6 +17,8 @@ from iotd.model.endings import Endings
 from iotd.model.generation import Drafting, Generation
 from iotd.model.grammar import Constraint, Grammars
 from iotd.model.head import Head, HeadKind
+from iotd.model.labels import Path as LabelPath
+from iotd.model.labels import Weighing, label_paths
 from iotd.model.lookup import Lookup
 from iotd.model.package import CHAT, TOKENIZER, VISION, Manifest, read_manifest, verify
 from iotd.model.packed import open_packed
@@ -168,6 +170,22 @@ class Model:
         part = embeddings[rows], offsets[:, rows]
         return self._decoder.prefill_embeddings(state, *part, span if last else 0, logits=logits)
 
+    @cached_property
+    def every_token(self) -> Ints:
+        """int64 [V]: as `only`, for who needs all logits, not the largest alone."""
+        return np.arange(self.spec.vocab_size)
+
+    def label_paths(self, labels: Sequence[str]) -> list[LabelPath]:
+        """The tokens of each label. Raises InvalidInput; see `iotd.model.labels.label_paths`."""
+        return label_paths(labels, self.tokenizer, self._head.shortlist)
+
+    def weighing(self, state: State, logits: Floats, labels: Labels, paths: Sequence[LabelPath]) -> Weighing:
+        """Labels weighed as the beginning of the answer that goes on from `state`, one run of the model a step.
+
+        logits: float32 [V] after its last token, of `every_token`. paths: of `label_paths`.
+        """
+        return Weighing(self._decoder, state, self._other_than(state), logits, labels, paths)
+
     def constraint(self, format: Format, max_tokens: int) -> Constraint:
         """For one answer of this form. From any thread; see `Grammars.constraint`."""
         return self._grammars.constraint(format, max_tokens)
@@ -195,7 +213,7 @@ class Model:
         return Generation(*parts, drafting)
 
     def _other_than(self, state: State) -> State:
-        """A state to draft in."""
+        """A state to run ahead in."""
         if self._beside is None or self._beside is state:
             self._beside = self.new_state(0)
         return self._beside

@@ -86,11 +86,11 @@ def _model(config: Config, threads: int, open_model: Open) -> Iterator[Finding]:
 
 
 def _memory(config: Config, manifest: package.Manifest, weights: int) -> Finding:
-    """Two context states, one of the system prompt alone, and the fork of the ask that runs, which has no rows: two of
-    them where it guesses ahead."""
+    """Two context states, one of the system prompt alone, and two without rows: the fork of the ask that runs, and one
+    in which it looks ahead."""
     reserve = config.ask.reserve_tokens
     most = positions(config.context.window, reserve)
-    capacities = (most, most, reserve, *[0] * (2 if config.ask.drafting else 1))
+    capacities = (most, most, reserve, 0, 0)
     shapes = [shape for capacity in capacities for shape in manifest.spec.state_shapes(capacity).values()]
     states = 4 * sum(math.prod(shape) for shape in shapes)
     text = f"{len(capacities)} states of up to {most} positions take {_mb(states)}"

@@ -1,15 +1,16 @@
-"""An AskRequest as an Ask: checks every field, and names the one at fault by its path.
+"""An AskRequest or a ClassifyRequest as an Ask: checks every field, and names the one at fault by its path.
 
 Knows no clock and no model; times are handed in, on the monotonic clock.
 """
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 from iotd.config import AskConfig
 from iotd.errors import InvalidInput
-from iotd.events import RGB, Ask, Format, Sampling
+from iotd.events import RGB, Ask, Format, Labels, Sampling
 from iotd.model.sampling import check_sampling
 from iotd.rpc.times import seconds
 from iotd.v1 import iotd_pb2
@@ -20,14 +21,21 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 128
 MAX_CAMERA_CHARS = 256
 MAX_SENSOR_PATTERNS = 32
+MAX_LABELS = 64
+MAX_LABEL_CHARS = 256
 REPLY_S, REPLY_SHARE = 0.005, 0.1
 """Kept off a budget for the way there and back, and no more than this part of it: it counts at the caller."""
 REPLY_MARGIN_S = 0.025
 """Kept off the caller's gRPC deadline: past it, its library throws the answer away, so the last message must have
 crossed the network and its event loop by then (a few ms on a LAN, more over busy Wi-Fi)."""
 
+NOTHING_DRAWN = Sampling(max_tokens=1)
+"""Of an ask with labels: a plan for it need not leave time for an answer."""
 
-def deadline_s(request: iotd_pb2.AskRequest, arrived_s: float, remaining_s: float | None, limits: AskConfig) -> float:
+Request = iotd_pb2.AskRequest | iotd_pb2.ClassifyRequest
+
+
+def deadline_s(request: Request, arrived_s: float, remaining_s: float | None, limits: AskConfig) -> float:
     """When the answer must have ended: arrival plus the smallest of budget, server's maximum and gRPC deadline.
 
     remaining_s: until the call's gRPC deadline, None where it has none.
@@ -40,7 +48,7 @@ def deadline_s(request: iotd_pb2.AskRequest, arrived_s: float, remaining_s: floa
     return arrived_s + allowed_s
 
 
-def budget_s(request: iotd_pb2.AskRequest, limits: AskConfig) -> float:
+def budget_s(request: Request, limits: AskConfig) -> float:
     """The caller's budget, or the default, up to the server's maximum. Raises InvalidInput unless it is above zero."""
     asked_s = seconds(request.budget) if request.HasField("budget") else limits.budget_s
     if not asked_s > 0:
@@ -48,33 +56,43 @@ def budget_s(request: iotd_pb2.AskRequest, limits: AskConfig) -> float:
     return min(asked_s, limits.max_budget_s)
 
 
-def parse(request: iotd_pb2.AskRequest, arrived_s: float, ends_s: float, limits: AskConfig) -> Ask:
+def parse(request: Request, arrived_s: float, ends_s: float, limits: AskConfig) -> Ask:
     """The ask without its images, and with a format that has not been compiled. Raises InvalidInput."""
+    ask = _question(request, arrived_s, ends_s, limits)
+    if isinstance(request, iotd_pb2.ClassifyRequest):
+        return replace(ask, labels=_labels(request), sampling=NOTHING_DRAWN)
+    if request.catch_up and not request.session:
+        raise InvalidInput("catch_up is for a question that goes on from a session", field="catch_up")
+    form, sampling = _format(request), _sampling(request.sampling, limits)
+    if form is not None and (sampling.stop or sampling.thinking):
+        name = "stop" if sampling.stop else "thinking"
+        raise InvalidInput(f"{name} is for free text: it does not go with {form.kind}", field=f"sampling.{name}")
+    return replace(
+        ask,
+        session=request.session or None,
+        keep_session=request.keep_session,
+        catch_up=request.catch_up,
+        sampling=sampling,
+        format=form,
+    )
+
+
+def _question(request: Request, arrived_s: float, ends_s: float, limits: AskConfig) -> Ask:
+    """What every kind of request has."""
     _check_question(request.question)
     _check_size("camera", len(request.camera), MAX_CAMERA_CHARS, " characters")
     _check_size("sensors", len(request.sensors), MAX_SENSOR_PATTERNS, "")
     for index, pattern in enumerate(request.sensors):
         _check_size(f"sensors[{index}]", len(pattern), MAX_CAMERA_CHARS, " characters")
-    if request.catch_up and not request.session:
-        raise InvalidInput("catch_up is for a question that goes on from a session", field="catch_up")
     _check_size("images", len(request.images), limits.max_images, "")
-    form, sampling = _format(request), _sampling(request.sampling, limits)
-    if form is not None and (sampling.stop or sampling.thinking):
-        name = "stop" if sampling.stop else "thinking"
-        raise InvalidInput(f"{name} is for free text: it does not go with {form.kind}", field=f"sampling.{name}")
     return Ask(
         question=request.question,
         arrived_s=arrived_s,
         deadline_s=ends_s,
         camera=request.camera or None,
         use_context=request.use_context if request.HasField("use_context") else True,
-        session=request.session or None,
-        keep_session=request.keep_session,
-        catch_up=request.catch_up,
         exact_readings=request.exact_readings or bool(request.sensors),
         sensors=tuple(request.sensors),
-        sampling=sampling,
-        format=form,
     )
 
 
@@ -98,6 +116,28 @@ def _check_question(question: str) -> None:
 def _check_size(field: str, size: int, limit: int, unit: str) -> None:
     if size > limit:
         raise InvalidInput(f"{field}: {size}{unit} given, at most {limit} taken", field=field)
+
+
+def _labels(request: iotd_pb2.ClassifyRequest) -> Labels:
+    texts = tuple(request.labels)
+    if not texts:
+        raise InvalidInput("labels: there is nothing to choose from", field="labels")
+    _check_size("labels", len(texts), MAX_LABELS, "")
+    for index, text in enumerate(texts):
+        field = f"labels[{index}]"
+        if not text:
+            raise InvalidInput(f"{field} is empty: every answer begins with that", field=field)
+        _check_size(field, len(text), MAX_LABEL_CHARS, " characters")
+        if (first := texts.index(text)) < index:
+            raise InvalidInput(f"{field} is labels[{first}] again: give each label once", field=field)
+    if request.none_of_these and request.length_normalized:
+        raise InvalidInput(
+            "none_of_these does not go with length_normalized: such scores are no part of 1", field="none_of_these"
+        )
+    temperature = request.temperature if request.HasField("temperature") else 1.0
+    if not 0 < temperature < math.inf:
+        raise InvalidInput(f"temperature is {temperature:g}: it must be above 0 and finite", field="temperature")
+    return Labels(texts, request.length_normalized, request.none_of_these, temperature)
 
 
 def _format(request: iotd_pb2.AskRequest) -> Format | None:

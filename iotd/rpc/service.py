@@ -1,11 +1,15 @@
-"""The Iotd servicer: one ask in, its events out, before its deadline. Knows the engine by a small protocol only."""
+"""The Iotd servicer: one question in, its events or scores out, before its deadline.
+
+Knows the engine by a small protocol only.
+"""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import grpc
 
@@ -14,9 +18,10 @@ from iotd.config import AskConfig
 from iotd.errors import DeadlineExceeded, Overloaded, Unavailable
 from iotd.events import RGB, Accepted, AnswerEvent, Delta, Done, Failed, ServerStatus, ServingState
 from iotd.rpc import request as requests
+from iotd.rpc.answer import to_ask_event, to_classification
 from iotd.rpc.errors import errors_as_status
 from iotd.rpc.mailbox import Mailbox
-from iotd.rpc.status import to_plan, to_response, to_timings, to_usage
+from iotd.rpc.status import to_response
 from iotd.v1 import iotd_pb2, iotd_pb2_grpc
 
 MAX_OPEN_ASKS = 64
@@ -26,10 +31,14 @@ STUCK_S = 5.0
 DECODERS = 2
 """Images decoded at once: each takes tens of megabytes while it is."""
 
-AskContext = grpc.aio.ServicerContext[iotd_pb2.AskRequest, iotd_pb2.AskEvent]
-StatusContext = grpc.aio.ServicerContext[iotd_pb2.GetStatusRequest, iotd_pb2.GetStatusResponse]
+Tell = Callable[[Accepted | Delta | Done], Awaitable[None]]
+"""Takes the events of an answer, one after the other."""
 Write = Callable[[iotd_pb2.AskEvent], Awaitable[None]]
-"""Takes the next event of an answer."""
+"""The same, as they are on the wire."""
+AnyContext = grpc.aio.ServicerContext[Any, Any]
+AskContext = grpc.aio.ServicerContext[iotd_pb2.AskRequest, iotd_pb2.AskEvent]
+ClassifyContext = grpc.aio.ServicerContext[iotd_pb2.ClassifyRequest, iotd_pb2.ClassifyResponse]
+StatusContext = grpc.aio.ServicerContext[iotd_pb2.GetStatusRequest, iotd_pb2.GetStatusResponse]
 
 
 class Ticket(Protocol):
@@ -53,7 +62,7 @@ class AskEngine(Protocol):
 
 
 class Service(iotd_pb2_grpc.IotdServicer):
-    """Ask and GetStatus. Lives on one event loop."""
+    """Ask, Classify and GetStatus. Lives on one event loop."""
 
     def __init__(
         self, status: Callable[[], ServerStatus], limits: AskConfig, decode_image: Callable[[bytes], RGB]
@@ -72,19 +81,26 @@ class Service(iotd_pb2_grpc.IotdServicer):
 
     async def Ask(self, request: iotd_pb2.AskRequest, context: AskContext) -> None:  # noqa: N802 - the proto's name
         """See the proto."""
-        arrived_s = time.monotonic()
         async with errors_as_status(context):
-            left_s = context.time_remaining()
-            ends_s = requests.deadline_s(request, arrived_s, left_s, self.limits)
-            try:
-                await self.answer(request, arrived_s, ends_s, context.write)
-            except DeadlineExceeded as error:
-                if left_s is None or ends_s >= arrived_s + self.budget_s(request):
-                    raise
-                message = f"the call's own deadline of {left_s:.3g} s came before the budget's end"
-                raise DeadlineExceeded(message) from error
+            await self._call(request, context, partial(_write, context.write))
 
-    def budget_s(self, request: iotd_pb2.AskRequest) -> float:
+    async def Classify(  # noqa: N802 - the proto's name
+        self, request: iotd_pb2.ClassifyRequest, context: ClassifyContext
+    ) -> iotd_pb2.ClassifyResponse | None:
+        """See the proto."""
+        told: list[AnswerEvent] = []
+
+        async def keep(event: AnswerEvent) -> None:
+            told.append(event)
+
+        async with errors_as_status(context):
+            await self._call(request, context, keep)
+            accepted, done = told
+            assert isinstance(accepted, Accepted) and isinstance(done, Done)
+            return to_classification(accepted, done)
+        return None
+
+    def budget_s(self, request: requests.Request) -> float:
         """The request's budget, or the default, up to the server's maximum. Raises InvalidInput."""
         return requests.budget_s(request, self.limits)
 
@@ -93,11 +109,7 @@ class Service(iotd_pb2_grpc.IotdServicer):
 
         arrived_s, ends_s: on the monotonic clock.
         """
-        self._admit()
-        try:
-            await self._answer(request, arrived_s, ends_s, write)
-        finally:
-            self._leave()
+        await self._answer(request, arrived_s, ends_s, partial(_write, write))
 
     async def GetStatus(  # noqa: N802 - the proto's name
         self, request: iotd_pb2.GetStatusRequest, context: StatusContext
@@ -126,16 +138,30 @@ class Service(iotd_pb2_grpc.IotdServicer):
         if not self._open_asks:
             self._idle.set()
 
-    async def _answer(self, request: iotd_pb2.AskRequest, arrived_s: float, ends_s: float, write: Write) -> None:
-        self._serving_engine()
-        ask = requests.parse(request, arrived_s, ends_s, self.limits)
-        if request.images:
-            ask = replace(ask, images=await self._images(request, ends_s))
-        if ask.format is not None:
-            await self._check_format(ask)
-        await self._run(ask, write)
+    async def _call(self, request: requests.Request, context: AnyContext, tell: Tell) -> None:
+        arrived_s, left_s = time.monotonic(), context.time_remaining()
+        ends_s = requests.deadline_s(request, arrived_s, left_s, self.limits)
+        try:
+            await self._answer(request, arrived_s, ends_s, tell)
+        except DeadlineExceeded as error:
+            if left_s is None or left_s >= self.budget_s(request):
+                raise
+            raise DeadlineExceeded(f"the call's own deadline of {left_s:.3g} s came before the budget's end") from error
 
-    async def _images(self, request: iotd_pb2.AskRequest, ends_s: float) -> tuple[RGB, ...]:
+    async def _answer(self, request: requests.Request, arrived_s: float, ends_s: float, tell: Tell) -> None:
+        self._admit()
+        try:
+            self._serving_engine()
+            ask = requests.parse(request, arrived_s, ends_s, self.limits)
+            if request.images:
+                ask = replace(ask, images=await self._images(request, ends_s))
+            if ask.format is not None:
+                await self._check_format(ask)
+            await self._run(ask, tell)
+        finally:
+            self._leave()
+
+    async def _images(self, request: requests.Request, ends_s: float) -> tuple[RGB, ...]:
         async with _ends_by(ends_s, "the budget ended while the images were decoded"), self._decoders:
             return await requests.decode_images(list(request.images), self._decode_image)
 
@@ -143,14 +169,14 @@ class Service(iotd_pb2_grpc.IotdServicer):
         async with _ends_by(ask.deadline_s, "the budget ended while the format was compiled"), self._compiler:
             await asyncio.to_thread(self._serving_engine().check_format, ask)
 
-    async def _run(self, ask: events.Ask, write: Write) -> None:
+    async def _run(self, ask: events.Ask, tell: Tell) -> None:
         mailbox = Mailbox()
         # Once more: the daemon may have begun to stop while the images were decoded.
         ticket = self._serving_engine().submit(ask, mailbox.put)
         self._mailboxes.add(mailbox)
         try:
-            await write(_accepted_event(ticket.accepted))
-            await _deliver(mailbox, write, ask.deadline_s)
+            await tell(ticket.accepted)
+            await _deliver(mailbox, tell, ask.deadline_s)
         finally:
             # Also where the client went away: the engine stops within one step. After the end it does nothing.
             ticket.cancel()
@@ -165,23 +191,25 @@ class Service(iotd_pb2_grpc.IotdServicer):
         return self.engine
 
 
-async def _deliver(mailbox: Mailbox, write: Write, deadline_s: float) -> None:
-    """Pass the answer on, at the client's pace.
+async def _deliver(mailbox: Mailbox, tell: Tell, deadline_s: float) -> None:
+    """Pass the answer on, as fast as it is taken."""
+    while True:
+        async with _ends_by(deadline_s + STUCK_S, "the engine did not end the answer in time"):
+            event = await mailbox.get()
+        if isinstance(event, Failed):
+            raise event.error
+        await tell(event)
+        if isinstance(event, Done):
+            return
+
+
+async def _write(write: Write, event: Accepted | Delta | Done) -> None:
+    """Send an event, at the client's pace.
 
     A write has no limit of its own: gRPC cannot end a call in the middle of one. A client that does not read holds this
     coroutine and the rest of its answer, never the engine; when it goes, gRPC cancels both.
     """
-    while True:
-        async with _ends_by(deadline_s + STUCK_S, "the engine did not end the answer in time"):
-            event = await mailbox.get()
-        match event:
-            case Delta(text, thought):
-                await write(iotd_pb2.AskEvent(delta=iotd_pb2.AskDelta(text=text, thought=thought)))
-            case Done() as done:
-                await write(_done_event(done))
-                return
-            case Failed(error):
-                raise error
+    await write(to_ask_event(event))
 
 
 @asynccontextmanager
@@ -192,22 +220,3 @@ async def _ends_by(time_s: float, otherwise: str) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise DeadlineExceeded(otherwise) from None
-
-
-def _accepted_event(accepted: Accepted) -> iotd_pb2.AskEvent:
-    return iotd_pb2.AskEvent(
-        accepted=iotd_pb2.AskAccepted(
-            request_id=accepted.request_id, queue_position=accepted.queue_position, plan=to_plan(accepted.plan)
-        )
-    )
-
-
-def _done_event(done: Done) -> iotd_pb2.AskEvent:
-    return iotd_pb2.AskEvent(
-        done=iotd_pb2.AskDone(
-            finish_reason=f"FINISH_REASON_{done.finish_reason.name}",
-            session=done.session,
-            usage=to_usage(done.usage),
-            timings=to_timings(done.timings),
-        )
-    )

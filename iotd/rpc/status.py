@@ -8,11 +8,9 @@ from iotd.events import (
     CostStatus,
     EngineStatus,
     LinkStatus,
-    Plan,
     ServerStatus,
-    Timings,
-    Usage,
 )
+from iotd.rpc.answer import to_timings, to_usage
 from iotd.rpc.times import duration
 from iotd.v1 import iotd_pb2
 
@@ -39,36 +37,6 @@ def to_response(status: ServerStatus) -> iotd_pb2.GetStatusResponse:
         resident_memory_bytes=status.resident_nbytes,
         mqtt=_mqtt(status.link) if status.link else None,
         counters=engine.counters,
-    )
-
-
-def to_usage(usage: Usage) -> iotd_pb2.Usage:
-    return iotd_pb2.Usage(
-        context_tokens=usage.context_tokens,
-        prompt_tokens=usage.prompt_tokens,
-        image_tokens=usage.image_tokens,
-        generation_tokens=usage.generation_tokens,
-    )
-
-
-def to_plan(plan: Plan) -> iotd_pb2.Plan:
-    return iotd_pb2.Plan(
-        answer_tokens=plan.answer_tokens,
-        reserved_tokens=plan.reserved_tokens,
-        thinking_tokens=plan.thinking_tokens,
-        image_tokens=plan.image_tokens,
-        predicted=to_timings(plan.predicted),
-    )
-
-
-def to_timings(timings: Timings) -> iotd_pb2.Timings:
-    return iotd_pb2.Timings(
-        queue=duration(timings.queue_s),
-        image=duration(timings.image_s),
-        prefill=duration(timings.prefill_s),
-        decode=duration(timings.decode_s),
-        first_token=duration(timings.first_token_s) if timings.first_token_s else None,
-        total=duration(timings.total_s),
     )
 
 
