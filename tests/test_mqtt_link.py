@@ -21,7 +21,7 @@ from iotd.mqtt.publisher import Publisher
 
 pytest_plugins = ("broker",)
 
-NOW = pytest.approx(time.time(), abs=300)
+NOW = pytest.approx(time.time(), abs=3600)
 
 
 def picture() -> bytes:
