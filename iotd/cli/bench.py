@@ -246,8 +246,8 @@ class Budgets(click.ParamType[tuple[float, float]]):
     help="Drawn log-uniformly from such a range as 200ms:10s. Left out: 0.2 to 10 s, or 5 to 500 decode steps where a "
     "step takes less than 10 ms.",
 )
-@click.option("--rate", "rate_hz", type=Number(0.1, 1000), default=10.0, show_default=True, help="Readings a second.")
-@click.option("--frames", "frame_hz", type=Number(0.01, 100), default=0.5, show_default=True, help="Frames a second.")
+@click.option("--rate", "rate_hz", type=Number(1, 1000), default=10.0, show_default=True, help="Readings a second.")
+@click.option("--frames", "frame_hz", type=Number(0.1, 100), default=0.5, show_default=True, help="Frames a second.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the home, the asks and their times.")
 @click.option(
     "--check-refused",
@@ -281,15 +281,18 @@ def budget(
 
     from iotd.cli.budget_table import opening, table
     from iotd.demo.bench_budget import BudgetBench, Settings
+    from iotd.demo.child import signals_interrupt
     from iotd.ops.bench import machine
 
-    with BudgetBench(package, Settings(**settings)) as measure:
+    with signals_interrupt(), BudgetBench(package, Settings(**settings)) as measure:
         found = measure.calibrate()
         head = f"{machine()}; {settings['threads']} threads"
         if not as_json:
             click.echo("\n".join([head, *opening(found)]))
         scores = []
         for load in loads:
+            if sys.stderr.isatty() and not as_json:
+                click.echo(f"load {load:g}: about {measure.duration_s(load):.0f} s", err=True)
             score, asked = measure.load(load)
             scores.append(score)
             for ask in asked if answers else ():

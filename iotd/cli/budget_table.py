@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterator
 
-from iotd.demo.bench_budget import CUT_TOKENS, Calibration
+from iotd.demo.bench_budget import Calibration
+from iotd.demo.budget_asks import CUT_TOKENS
 from iotd.demo.budget_score import Bin, LoadScore, Share, Spread
 from iotd.ops.bench import Figure
 
 NOTHING = "-"
+AXIS = "budget, ms"
+"""Of the plot."""
 
 
 def opening(found: Calibration) -> Iterator[str]:
@@ -29,31 +32,26 @@ def table(score: LoadScore) -> Iterator[str]:
 
 def _lines(score: LoadScore) -> Iterator[tuple[str, str]]:
     yield "accepted", f"{score.accepted}, after {_times(score.accepted_s)}"
-    yield "refused", f"{_part(score.refused)}, after {_times(score.refused_s)}"
+    yield "refused", f"{score.refused.n} ({_part(score.refused)}), after {_times(score.refused_s)}"
+    yield "  wrongly", _counted(score.refused_wrongly)
     if score.errors:
         yield "failed", ", ".join(f"{code} {n}" for code, n in score.errors.items())
     yield "in time", _counted(score.in_time)
     for third, share in score.thirds.items():
         yield f"  {third} the hog", _counted(share)
-    yield "late", _times(score.late_s) + (f", {score.late_steps.most:.1f} steps" if score.late_steps else "")
+    yield "late", _times(score.late_s)
+    yield "late, in steps", _percentiles(score.late_steps)
     yield "used, more to say", _used(score.used)
-    yield "used, engine idle", _used(score.used_idle)
-    yield "whole sentences", _counted(score.whole_sentences)
+    yield "  with no other ask", _used(score.used_alone)
+    yield "whole sentences", f"{_counted(score.whole_sentences)}; with an ellipsis {_part(score.broken_off)}"
     yield "valid in form", _counted(score.valid)
     if score.right.of:
         yield "right and in time", f"{_counted(score.right)}; of accepted {_part(score.right_of_accepted)}"
     if score.right_cut.of:
         yield f"  cut at {CUT_TOKENS} tokens", _counted(score.right_cut)
-    yield (
-        "refused wrongly",
-        f"{_part(score.refused_wrongly)} ({score.refused_wrongly.n} of {score.refused_wrongly.of} tried)",
-    )
-    yield "prediction off by", f"{_errors(score.predicted_error)} by the plans"
-    costs = score.costs
-    own = (
-        f"p50 {costs.median_error:.1%}, p95 {costs.high_error:.1%} ({costs.predictions})" if costs.predictions else "-"
-    )
-    yield "", f"{own} by the daemon"
+    off, costs = score.predicted_error, score.costs
+    yield "plans off by", _errors(off.p50, off.p95, off.n) if off else NOTHING
+    yield "  as the daemon says", _errors(costs.median_error, costs.high_error, costs.predictions)
     yield "sent late", _times(score.lag_s)
 
 
@@ -86,8 +84,12 @@ def _used(spread: Spread | None) -> str:
     return f"median {spread.p50:.1%}, mean {spread.mean:.1%} ({spread.n})" if spread else NOTHING
 
 
-def _errors(spread: Spread | None) -> str:
-    return f"p50 {spread.p50:.1%}, p95 {spread.p95:.1%} ({spread.n})" if spread else NOTHING
+def _errors(p50: float, p95: float, n: int) -> str:
+    return f"p50 {p50:.1%}, p95 {p95:.1%} ({n})" if n else NOTHING
+
+
+def _percentiles(spread: Spread | None) -> str:
+    return f"p50 {spread.p50:.1f}, p99 {spread.p99:.1f}, most {spread.most:.1f}" if spread else NOTHING
 
 
 def _times(spread: Spread | None) -> str:
@@ -100,16 +102,13 @@ def _time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-AXIS = "budget, ms"
-
-
 def figures(score: LoadScore) -> Iterator[Figure]:
     """What is drawn of a load: shares over the budget, with their intervals."""
     lines: dict[str, Callable[[Bin], Share]] = {
         "in time": lambda found: found.in_time,
         "whole sentences": lambda found: found.whole_sentences,
         "right": lambda found: found.right,
-        f"right, cut at {CUT_TOKENS}": lambda found: found.right_cut,
+        f"right if cut at {CUT_TOKENS}": lambda found: found.right_cut,
     }
     for name, share_of in lines.items():
         for found in score.bins:

@@ -48,7 +48,7 @@ class Kind:
     """Of the demo's repertoire."""
     forms: tuple[str, ...]
     plain: str
-    """Asked where the home has nothing of these subjects to ask about just now."""
+    """Asked where no answer about these subjects is settled: where readings come faster than they can be read."""
     max_tokens: tuple[int, int]
     """Drawn between these."""
     options: AskOptions = field(default_factory=AskOptions)
@@ -63,7 +63,8 @@ class Kind:
 
 KINDS = (
     Kind("short", 3.0, tuple(KIND_WEIGHTS), ("brief",), "Is a door open?", (8, 24), judged=True),
-    Kind("long", 3.0, tuple(KIND_WEIGHTS), ("sentence", "long"), "What goes on in the house?", (64, 128), judged=True),
+    Kind("sentence", 2.0, tuple(KIND_WEIGHTS), ("sentence",), "Is a door open?", (24, 64), judged=True),
+    Kind("long", 2.0, ("value",), ("long",), "What goes on in the house?", (64, 128), judged=True),
     Kind(
         "choices",
         1.5,

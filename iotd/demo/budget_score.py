@@ -1,5 +1,6 @@
 """How well budgets were kept: figures of one load, out of what the client saw of its asks. Knows no clock."""
 
+import itertools
 import math
 import re
 import statistics
@@ -13,15 +14,14 @@ from iotd.events import CostStatus, FinishReason, Plan, Timings, Usage
 REFUSED = "RESOURCE_EXHAUSTED"
 ENOUGH_PIECES = 4
 """About as many tokens: of an answer in words that is some use."""
-IDLE_WAIT = 0.1
-"""Of its budget: an ask that waited for longer had others in its way."""
 N_BINS = 6
 THIRDS = ("before", "during", "after")
 """Of a load's time; a hog runs in the middle one."""
 
-_SENTENCE = re.compile(r"((?<!\d)[.!?…]|\d[!?…])[\"'”’)\]*]*(\s|\Z)|[。！？\n]")
+_SENTENCE = re.compile(r"((?<!\d)\.|[!?])[\"'”’)\]*]*(\s|\Z)|[。！？\n]")
 """A sentence's end. Behind a digit a point may be a decimal one, whose digits are still to come."""
 _SENTENCE_LAST = re.compile(rf"({_SENTENCE.pattern})\s*\Z")
+_BROKEN_OFF = re.compile(r"(…|\.\.\.)\s*\Z")
 
 
 @dataclass(slots=True)
@@ -91,10 +91,10 @@ class Asked:
         return self.finish_reason is FinishReason.BUDGET
 
     @property
-    def met_idle(self) -> bool:
-        """No other ask was in its way."""
-        waited_s = self.timings.queue_s if self.timings else math.inf
-        return self.queue_position == 0 and waited_s <= IDLE_WAIT * self.budget_s
+    def busy_s(self) -> tuple[float, float]:
+        """From when to when it may have kept the engine busy, since the load began."""
+        sent_s = self.due_s + self.lag_s
+        return sent_s, sent_s + (self.budget_s if self.again else self.end_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +169,12 @@ class LoadScore:
     """The same in decode steps."""
     used: Spread | None
     """The part of the budget that was used where there was more to say."""
-    used_idle: Spread | None
-    """Of these, by asks that met an idle engine."""
+    used_alone: Spread | None
+    """Of these, by asks that met an idle engine, and had ended when the next one came."""
     whole_sentences: Share
     """Answers in words that the budget cut off, and that end with a sentence."""
+    broken_off: Share
+    """Of the same, those that say with an ellipsis that they do not."""
     valid: Share
     """Answers that had to keep to a form."""
     right: Share
@@ -223,8 +225,9 @@ def score(
         late_s=spread(late_s),
         late_steps=spread(late / step_s for late in late_s),
         used=spread(a.end_s / a.budget_s for a in more),
-        used_idle=spread(a.end_s / a.budget_s for a in more if a.met_idle),
+        used_alone=spread(a.end_s / a.budget_s for a in alone(asked) if a.cut),
         whole_sentences=_whole_sentences(more),
+        broken_off=share((a for a in more if a.form == "free"), lambda a: breaks_off(a.text)),
         valid=share((a for a in accepted if a.valid is not None), lambda a: bool(a.valid)),
         right=_right(asked),
         right_of_accepted=_right(accepted),
@@ -237,6 +240,18 @@ def score(
         thirds=_thirds(accepted, hog_s) if hog_s else {},
         bins=_bins(asked, cut, budgets_s),
     )
+
+
+def alone(asked: Iterable[Asked]) -> list[Asked]:
+    """The asks during which there was no other."""
+    busy = sorted((a for a in asked if a.accepted or a.again), key=lambda a: a.busy_s)
+    free_s = [*itertools.accumulate((a.busy_s[1] for a in busy), max, initial=-math.inf)]
+    next_s = [*(a.busy_s[0] for a in busy[1:]), math.inf]
+    return [
+        a
+        for a, before_s, after_s in zip(busy, free_s, next_s, strict=False)
+        if a.accepted and before_s <= a.busy_s[0] and a.busy_s[1] <= after_s
+    ]
 
 
 def share(group: Iterable[Asked], true: Callable[[Asked], bool]) -> Share:
@@ -267,7 +282,12 @@ def has_sentence(text: str) -> bool:
 
 
 def ends_with_sentence(text: str) -> bool:
-    return _SENTENCE_LAST.search(text) is not None
+    """Whether it ends with a whole sentence, or line; an ellipsis ends none."""
+    return _SENTENCE_LAST.search(text) is not None and not breaks_off(text)
+
+
+def breaks_off(text: str) -> bool:
+    return _BROKEN_OFF.search(text) is not None
 
 
 def _whole_sentences(more: Iterable[Asked]) -> Share:

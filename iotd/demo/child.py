@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 from iotd.errors import Unavailable
@@ -92,3 +93,20 @@ def child(name: str, *args: str, env: Mapping[str, str] | None = None) -> Iterat
         yield process
     finally:
         process.stop()
+
+
+@contextlib.contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """SIGTERM and a closed terminal end this process as Ctrl-C does, so that no child outlives it."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for other in old:
+            signal.signal(other, signal.SIG_IGN)  # what follows is the stop; its waits have limits
+        raise KeyboardInterrupt
+
+    old = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -43,7 +43,7 @@ KIND_WEIGHTS = {
 }
 """The kinds of questions of the demo, and how often each is drawn."""
 FORMS = ("brief", "sentence", "long", "json")
-"""Of answers. Not everything can be asked for at length: `long` goes with another."""
+"""Of answers. Where there is nothing to say at length, `long` is a sentence."""
 
 
 @dataclass(slots=True)
@@ -162,7 +162,7 @@ _FORMS: dict[str, tuple[tuple[str, ...], float]] = {
 def _phrased(
     kind: str, subject: _Subject, rng: random.Random, held_out: bool, among: Collection[str] = FORMS
 ) -> Question:
-    forms = [form for form in FORMS if form in among and (form != "long" or subject.more)]
+    forms = [form for form in FORMS if form in among and (form != "long" or subject.more)] or ["sentence"]
     while True:
         form = rng.choices(forms, [_FORMS[name][1] for name in forms])[0]
         before, core, behind = rng.choice(_BEFORE), rng.choice(subject.cores), rng.choice(_FORMS[form][0])

@@ -7,18 +7,16 @@ hand.
 import contextlib
 import math
 import random
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
 
 from iotd.client import Client
 from iotd.demo import simulate
 from iotd.demo.broker import embedded_broker
-from iotd.demo.child import Child
+from iotd.demo.child import Child, signals_interrupt
 from iotd.demo.daemon import DEMO_SECTIONS, START_S, home_daemon, wait_for
 from iotd.demo.ledger import Ledger
 from iotd.demo.package import demo_package
@@ -53,7 +51,7 @@ def run(*, for_s: float | None, seed: int = SEED, as_json: bool) -> int:
     seed: of the home and the questions. Raises IotdError where a part does not start, or ends by itself.
     """
     tally = _Tally(time.monotonic())
-    with _signals_interrupt(), open_screen(as_json) as screen:
+    with signals_interrupt(), open_screen(as_json) as screen:
         with contextlib.suppress(KeyboardInterrupt), _stage(screen, seed) as stage:
             _converse(stage, screen, tally, random.Random(seed), for_s)
         screen.say(tally.text, **tally.facts)
@@ -91,23 +89,6 @@ class _Tally:
     def text(self) -> str:
         counts = f"questions asked {self._asked}, answered right {self._right}, in time {self._in_time}"
         return counts + (f"; the first right answer after {self._first_right_s:.1f} s" if self._first_right_s else "")
-
-
-@contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the demo as Ctrl-C does, so that no child outlives it."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        for other in old:
-            signal.signal(other, signal.SIG_IGN)  # what follows is the stop; its waits have limits
-        raise KeyboardInterrupt
-
-    old = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 @dataclass(frozen=True, slots=True)

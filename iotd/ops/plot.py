@@ -27,6 +27,8 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 444, 40, 236
 """Of the part of it that is drawn in."""
 LINE = 18
 CAPTION_CHARS = 125
+BESIDE = 5
+"""Between the points of two engines at the same place, in px: so that one does not hide the other."""
 
 Scale = Callable[[float], float]
 """From a value to px."""
@@ -86,15 +88,19 @@ def _curves(figures: list[Figure], colours: dict[str, str], y: Scale, axis: str)
         yield _line(x(at), BOTTOM, x(at), BOTTOM + 4, INK)
         yield _text(x(at), BOTTOM + 18, str(at))
     yield _text((LEFT + RIGHT) / 2, BOTTOM + 38, axis)
-    for n, engine in enumerate(dict.fromkeys(f.engine for f in figures)):
+    engines = [*dict.fromkeys(f.engine for f in figures)]
+    for n, engine in enumerate(engines):
         own = [f for f in figures if f.engine == engine]
-        points = " ".join(f"{x(f.at):.1f},{y(f.median):.1f}" for f in own)
-        yield f'<polyline points="{points}" fill="none" stroke="{colours[engine]}" stroke-width="2"/>'
-        for f in own:
-            yield f'<circle cx="{x(f.at):.1f}" cy="{y(f.median):.1f}" r="3.5" fill="{colours[engine]}"/>'
-            yield _spread(x(f.at), f, y, colours[engine])
-        if len(own) < len(figures):
-            yield _text(RIGHT, TOP - 20 + 14 * n, engine, "end", colours[engine])
+        aside = BESIDE * (n - (len(engines) - 1) / 2)
+        points = [(x(f.at) + aside, y(f.median)) for f in own]
+        line = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
+        yield f'<polyline points="{line}" fill="none" stroke="{colours[engine]}" stroke-width="2"/>'
+        for f, (px, py) in zip(own, points, strict=True):
+            yield f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5" fill="{colours[engine]}"/>'
+            yield _spread(px, f, y, colours[engine])
+    if len(engines) > 1:
+        names = "&#160;&#160; ".join(f'<tspan fill="{colours[name]}">{escape(name)}</tspan>' for name in engines)
+        yield f'<text x="{RIGHT}" y="{TOP - 8}" text-anchor="end">{names}</text>'
 
 
 def _bars(figures: list[Figure], colours: dict[str, str], y: Scale) -> Iterator[str]:
