@@ -161,7 +161,8 @@ def _tell_scores(outcomes: "Sequence[Outcome]", wrong: "Sequence[Outcome]", as_j
         click.echo(f"{name:<24}{each.asked:>7}{each.right:>7}{accuracy:>10}   {low:.1%} to {high:.1%}")
     if yes_no is not None:
         click.echo(
-            f"\nyes or no by probability: {yes_no.right} of {yes_no.asked} right, calibration error {yes_no.error:.4f};\n"
+            f"\nyes or no by probability: {yes_no.right} of {yes_no.asked} right, "
+            f"calibration error {yes_no.error:.4f};\n"
             f"temperature {yes_no.temperature:.2f}, fitted to every other question, makes it "
             f"{yes_no.rest_error_at_temperature:.4f} for the rest, from {yes_no.rest_error:.4f}"
         )

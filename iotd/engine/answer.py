@@ -12,7 +12,7 @@ from typing import Literal
 from iotd.counters import Counters
 from iotd.engine.call import Call, Unit
 from iotd.engine.costs import Costs
-from iotd.engine.entry import Chunk, Rows, chunks, count_tokens
+from iotd.engine.entry import Chunk, Part, Rows, chunks, count_tokens
 from iotd.engine.feed import Floats, Ints, encode, feed
 from iotd.engine.lengths import Lengths
 from iotd.engine.plan import LEAST_TOKENS, Planned, Planner, run_size
@@ -49,8 +49,8 @@ class Kit:
     drafting: bool
     """Guess at the tokens that follow."""
     chunk_tokens: int
-    latest_end_s: Callable[[], float]
-    """When the answer must have ended for the sake of asks that wait, once it has said the least."""
+    ends_s: Callable[[Call], float]
+    """When the running answer must have ended, for the sake of asks that wait too."""
     clock: Callable[[], float]
     counters: Counters
 
@@ -67,6 +67,8 @@ class Answer:
         self._free_text = call.ask.format is None
         self._sentences = Sentences()
         self._session: Session | None = None
+        self._parts: list[Part] = []
+        """The prompt, once it is made."""
         self._units = self._work()
 
     def advance(self) -> FinishReason | None:
@@ -90,6 +92,20 @@ class Answer:
             self._call.speak(self._sentences.rest(cut_off=cut_off), self._kit.clock())
             self._name_session(reason)
         return reason
+
+    @property
+    def unit_s(self) -> float:
+        """What the next unit takes, where it is one of decoding."""
+        return 0.0 if self._generation is None else self._run_s(slow=True)
+
+    def make_way(self) -> None:
+        """Another answer will use the fork: begin again at the next unit, and go on behind what was said."""
+        self._units.close()
+        if self._generation is None:
+            self._call.meter.prompt_tokens = self._call.meter.image_tokens = 0
+            self._units = self._work()
+        else:
+            self._units = self._again(self._generation)
 
     def close(self, *, well: bool) -> None:
         """Once the call has ended: keep where the answer stands, if that was asked for and it ended well."""
@@ -146,7 +162,7 @@ class Answer:
         assert self._generation is not None
         ends_s, said = self._call.ask.deadline_s, self._generation.n_tokens - self._generation.n_thinking_tokens
         if said >= LEAST_TOKENS:
-            ends_s = min(ends_s, self._kit.latest_end_s())
+            ends_s = self._kit.ends_s(self._call)
         left_s = ends_s - self._kit.clock()
         usual_s, slow_s = self._run_s(), self._run_s(slow=True)
         if left_s < slow_s:
@@ -187,11 +203,24 @@ class Answer:
             yield
             self._step(self._generation)
 
+    def _again(self, generation: Generation) -> Generator[None, None, None]:
+        """Read all of it once more, over the context as it is by now, and go on."""
+        self._fork()
+        yield
+        said = generation.tokens[: len(generation.tokens) - len(generation.unread)]
+        for chunk in chunks([*self._parts, said], lambda: self._kit.chunk_tokens):
+            with self._timed("prefill_s"), self._kit.costs.read(count_tokens([chunk]), self._kit.fork.position):
+                feed(self._kit.model, self._kit.fork, chunk)
+            yield
+        while True:
+            self._step(generation)
+            yield
+
     def _prompt(self) -> list[Chunk]:
         """The whole prompt in chunks, as it is planned by now. Raises where something is missing or does not fit."""
         call, kit = self._call, self._kit
         now_s = kit.clock()
-        time_s = min(call.ask.deadline_s, kit.latest_end_s()) - now_s
+        time_s = kit.ends_s(call) - now_s
         call.work = kit.prompts.work(call.ask)
         planned = self._planned(time_s)
         catch_up_tokens = 0
@@ -210,6 +239,7 @@ class Answer:
             planned = self._planned(time_s)
         call.planned = planned
         call.reserved_end_s = now_s + planned.reserved_s
+        self._parts = parts
         size = run_size(count_tokens(parts), kit.chunk_tokens)
         return list(chunks(parts, lambda: size))
 

@@ -9,11 +9,12 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from iotd.counters import Counters
 from iotd.engine.call import Call
 from iotd.engine.costs import Costs
-from iotd.engine.plan import Planned, Planner
+from iotd.engine.plan import LEAST_TOKENS, Planned, Planner
 from iotd.errors import DeadlineExceeded, Overloaded, Unavailable
 from iotd.events import Answered, Done, Failed, FinishReason, Timings
 
@@ -116,22 +117,33 @@ class Asks:
             self._waiting.append(call)
             self._latest_end_s = self._latest_end()
             self._counters.add("asks")
-            return n_ahead + (self._running is not None)
+            return n_ahead
 
     def _planned(self, call: Call, now_s: float) -> tuple[Planned, int]:
-        """A plan between those that wait, and how many of them go before. Raises Overloaded."""
-        in_order = sorted(self._waiting, key=_deadline)
+        """A plan between those that wait, and how many asks go before. Raises Overloaded."""
+        planned, n_ahead, end_s = self._between(call, self._waiting, self._free_s(now_s))
+        if planned is not None:
+            return planned, n_ahead + (self._running is not None)
+        running = self._running
+        if running is not None and running.yields and running.ask.deadline_s > call.ask.deadline_s:
+            unit_end_s = max(now_s, self._costs.busy_until_s) + self.debt_s
+            planned, n_ahead, _ = self._between(call, [*self._waiting, running], unit_end_s)
+            if planned is not None:
+                call.preempts = True
+                return planned, n_ahead
+        self._counters.add("asks_refused")
+        raise self._refused(call, end_s)
+
+    def _between(self, call: Call, others: list[Call], start_s: float) -> tuple[Planned | None, int, float]:
+        """A plan between others, how many of them go before, and when all of them have had their turns."""
+        in_order = sorted(others, key=_deadline)
         n_ahead = sum(other.ask.deadline_s <= call.ask.deadline_s for other in in_order)
-        start_s = self._free_s(now_s) + sum(map(self._turn_s, in_order[:n_ahead]))
-        ends_s, end_s = call.ask.deadline_s, start_s
+        begin_s = start_s + sum(map(self._turn_s, in_order[:n_ahead]))
+        ends_s, end_s = call.ask.deadline_s, begin_s
         for other in in_order[n_ahead:]:
-            ends_s = min(ends_s, other.ask.deadline_s - (end_s - start_s) - _reserved_s(other))
+            ends_s = min(ends_s, other.ask.deadline_s - (end_s - begin_s) - self._reserved_s(other))
             end_s += self._turn_s(other)
-        planned = self._planner.fit(call.work, ends_s - start_s, start_s - now_s)
-        if planned is None:
-            self._counters.add("asks_refused")
-            raise self._refused(call, end_s)
-        return planned, n_ahead
+        return self._planner.fit(call.work, ends_s - begin_s, begin_s - call.ask.arrived_s), n_ahead, end_s
 
     def _refused(self, call: Call, start_s: float) -> Overloaded:
         """start_s: when it would begin, behind all that wait."""
@@ -154,13 +166,22 @@ class Asks:
 
     def _turn_s(self, call: Call) -> float:
         """What a waiting ask takes of the others' time, with the reading behind it."""
-        return _reserved_s(call) * (1 + self.reading_share)
+        return self._reserved_s(call) * (1 + self.reading_share)
+
+    def _reserved_s(self, call: Call) -> float:
+        """What is kept for an ask: for the running one, should it make way, to read again and go on."""
+        assert call.planned is not None
+        if call is not self._running:
+            return call.planned.reserved_s
+        planned, said = call.planned, call.meter.generation_tokens
+        left = max(LEAST_TOKENS, planned.plan.reserved_tokens + planned.plan.thinking_tokens - said)
+        return self._planner.again_s(call.work, planned.rung, said) + left * planned.run_s
 
     def _latest_end(self) -> float:
-        """When the running ask must have ended, so that none that waits is late."""
+        """When the model must be free, so that none that waits is late."""
         latest_s, before_s = math.inf, 0.0
         for call in sorted(self._waiting, key=_deadline):
-            latest_s = min(latest_s, call.ask.deadline_s - before_s - _reserved_s(call))
+            latest_s = min(latest_s, call.ask.deadline_s - before_s - self._reserved_s(call))
             before_s += self._turn_s(call)
         return latest_s
 
@@ -168,6 +189,42 @@ class Asks:
     def latest_start_s(self) -> float:
         """When the model must be free for those that wait, so that none of them is late."""
         return self._latest_end_s
+
+    def ends_s(self, call: Call) -> float:
+        """When the running call must have ended: at its deadline, or before others begin unless it can go on later."""
+        latest_s = self._latest_end_s
+        if latest_s >= call.ask.deadline_s or self._can_go_on(call):
+            return call.ask.deadline_s
+        return latest_s
+
+    def must_make_way(self, call: Call, unit_s: float, now_s: float) -> bool:
+        """The running call is to be put back, as another needs its next unit's time and it can go on later."""
+        if not self._waiting or not call.yields:
+            return False
+        with self._changed:
+            if any(other.preempts and other.ask.deadline_s < call.ask.deadline_s for other in self._waiting):
+                return True
+        return now_s + unit_s > self._latest_end_s and self._can_go_on(call)
+
+    def _can_go_on(self, call: Call) -> bool:
+        """There is time for it behind those that must go before."""
+        if not call.yields:
+            return False
+        with self._changed:
+            before = [self._turn_s(other) for other in self._waiting if other.ask.deadline_s < call.ask.deadline_s]
+            after_s = self._latest_end_s + sum(before) + self._reserved_s(call)
+        return bool(before) and after_s <= call.ask.deadline_s
+
+    def put_back(self, call: Call, now_s: float) -> None:
+        """The running call makes way and waits again."""
+        with self._changed:
+            assert call.planned is not None
+            call.planned = replace(call.planned, reserved_s=self._reserved_s(call))
+            call.put_back_at_s = now_s
+            self._running = None
+            self._waiting.append(call)
+            self._latest_end_s = self._latest_end()
+            self._counters.add("asks_put_back")
 
     def take(self, now_s: float) -> Call | None:
         """The waiting call with the earliest deadline, the first come of equals; it runs until it is released."""
@@ -179,18 +236,22 @@ class Asks:
             self._waiting.remove(call)
             self._latest_end_s = self._latest_end()
             self._running = call
-            call.meter.started_s = now_s
-            call.reserved_end_s = now_s + _reserved_s(call)
+            call.preempts = False
+            if call.meter.started_s is None:
+                call.meter.started_s = now_s
+            else:
+                call.meter.put_back_s += now_s - call.put_back_at_s
+            assert call.planned is not None
+            call.reserved_end_s = now_s + call.planned.reserved_s
             return call
 
-    def release(self, call: Call, now_s: float) -> None:
-        """The call runs no longer, whoever ended it: count what it took."""
-        meter = call.meter
-        assert meter.started_s is not None
-        self._counters.add("prompt_tokens", meter.prompt_tokens)
-        self._counters.add("generation_tokens", meter.generation_tokens)
+    def release(self, call: Call) -> None:
+        """The call has ended and runs no longer, whoever ended it: count what it took."""
+        self._counters.add("prompt_tokens", call.meter.prompt_tokens)
+        self._counters.add("generation_tokens", call.meter.generation_tokens)
         with self._changed:
-            self._running = None
+            if self._running is call:
+                self._running = None
             self._changed.notify_all()
 
     def end(self, call: Call, event: Done | Failed) -> bool:
@@ -247,11 +308,6 @@ class Asks:
 
 def _deadline(call: Call) -> float:
     return call.ask.deadline_s
-
-
-def _reserved_s(call: Call) -> float:
-    assert call.planned is not None
-    return call.planned.reserved_s
 
 
 def _answered(call: Call, event: Done | Failed) -> Answered:

@@ -10,14 +10,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-Kind = Literal["fork", "read", "step", "form", "image"]
-"""A copy of a state; a run that reads; a run that draws a token of free text; one that draws a token of a given form
-and may read several forced ones; an image encoded."""
 Features = tuple[float, ...]
 Samples = list[list[float]]
 """Of one kind: features, and behind them seconds."""
@@ -33,6 +29,8 @@ UNSURE = 1.25
 LEAST_SPREAD, MOST_SPREAD = 1.02, 3.0
 FIRST = 24
 """Units that make the shape. Later ones do not: as the context grows, its effect could not be told from the speed's."""
+RIDGE = 0.03
+"""Holds the coefficients that samples do not tell apart at nought, but for the main one (ridge regression)."""
 ROUNDS, LEAST_ERROR = 4, 0.02
 """Of weighting each sample by how far it is off (iteratively reweighted least squares, of absolute errors)."""
 
@@ -44,7 +42,7 @@ class Costs:
         self.busy_until_s = 0.0
         """When the unit in hand will have ended, or the last one has, on the clock."""
         self._clock = clock
-        self._fits = {kind: _Fit() for kind in get_args(Kind)}
+        self._fits = _fits()
 
     @property
     def known(self) -> bool:
@@ -126,9 +124,9 @@ class Costs:
 
     def unpack(self, kept: dict[str, Samples]) -> None:
         """Go on from what `pack` gave. Raises ValueError for anything else, and has learnt nothing then."""
-        fits = {kind: _Fit() for kind in self._fits}
+        fits = _fits()
         for kind, fit in fits.items():
-            fit.unpack(kept.get(kind, []), _N_FEATURES[kind])
+            fit.unpack(kept.get(kind, []), _FEATURES[kind][0])
         self._fits = fits
 
     @contextmanager
@@ -149,14 +147,21 @@ def _stepping(position: int) -> Features:
     return 1.0, position / 1024
 
 
-_N_FEATURES = {"fork": 1, "read": 4, "step": 2, "form": 3, "image": 2}
+_FEATURES = {"fork": (1, 0), "read": (4, 1), "step": (2, 0), "form": (3, 0), "image": (2, 1)}
+"""How many, and which of them explains whatever it can."""
+
+
+def _fits() -> "dict[str, _Fit]":
+    return {kind: _Fit(main) for kind, (_, main) in _FEATURES.items()}
 
 
 class _Fit:
     """Seconds as speed × correction of the size × (shape · features)."""
 
-    def __init__(self) -> None:
+    def __init__(self, main: int) -> None:
+        """main: the feature that explains whatever it can, until there are units that tell it from the others."""
         self.spread = UNSURE
+        self._main = main
         self._shape: tuple[float, ...] = ()
         self._speed = 1.0
         self._first: Samples = []
@@ -177,7 +182,7 @@ class _Fit:
     def learn(self, features: Features, took_s: float) -> None:
         if len(self._first) < FIRST and took_s > 0:
             self._first.append([*features, took_s / self._speed])
-            self._shape = _fitted(self._first)
+            self._shape = _fitted(self._first, self._main)
         plain_s = self._plain(features)
         if plain_s <= 0 or took_s <= 0:
             return
@@ -201,7 +206,7 @@ class _Fit:
                 raise ValueError(f"a sample is {n_features} numbers and seconds, not {sample}")
         if samples:
             self._first = samples[:FIRST]
-            self._shape = _fitted(self._first)
+            self._shape = _fitted(self._first, self._main)
 
     def _plain(self, features: Features) -> float:
         return sum(coefficient * feature for coefficient, feature in zip(self._shape, features, strict=False))
@@ -212,25 +217,28 @@ def _size(features: Features) -> int:
     return int(features[1]).bit_length() if len(features) > 1 else 0
 
 
-def _fitted(samples: Samples) -> tuple[float, ...]:
+def _fitted(samples: Samples, main: int) -> tuple[float, ...]:
     """Coefficients of least relative errors, none of them negative; a sample that stands out counts little."""
     data = np.array(samples)
     rows = data[:, :-1] / data[:, -1:]
     weights = np.ones(len(rows))
     for _ in range(ROUNDS):
-        shape = _non_negative(rows, weights)
+        shape = _non_negative(rows, weights, main)
         weights = 1 / np.maximum(np.abs(rows @ shape - 1), LEAST_ERROR)
     return tuple(shape.tolist())
 
 
-def _non_negative(rows: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def _non_negative(rows: NDArray[np.float64], weights: NDArray[np.float64], main: int) -> NDArray[np.float64]:
     """Coefficients with which each row adds up to 1, as far as it goes; the most negative is left out, till none is."""
+    weights = weights / weights.sum()
+    target = np.append(np.sqrt(weights), np.zeros(rows.shape[1]))
     scaled = rows * np.sqrt(weights)[:, None]
     used = [column for column in range(rows.shape[1]) if scaled[:, column].any()]
     shape = np.zeros(rows.shape[1])
     while used:
         lengths = np.linalg.norm(scaled[:, used], axis=0)
-        found, *_ = np.linalg.lstsq(scaled[:, used] / lengths, np.sqrt(weights), rcond=1e-6)
+        ridge = np.diag(np.where(np.arange(rows.shape[1]) == main, 0, RIDGE))[:, used]
+        found, *_ = np.linalg.lstsq(np.vstack([scaled[:, used] / lengths, ridge]), target, rcond=None)
         if (found >= 0).all():
             shape[used] = found / lengths
             break

@@ -49,6 +49,7 @@ COUNTS = (
     "asks",
     "asks_stop",
     "asks_length",
+    "asks_put_back",
     "asks_budget",
     "asks_cancelled",
     "asks_expired",
@@ -107,6 +108,7 @@ class Engine:
         self._model = model
         self._window = context.window
         self._clock = clock
+        self._drafting = ask.drafting
         self._counters = Counters(COUNTS)
         self._backlog = Backlog(context.backlog, MAX_CAMERAS, self._counters)
         self._chunk_tokens = chunk_tokens = min(context.chunk_tokens, context.window // 4)
@@ -153,7 +155,7 @@ class Engine:
             fork=self._fork,
             drafting=ask.drafting,
             chunk_tokens=chunk_tokens,
-            latest_end_s=lambda: self._asks.latest_start_s,
+            ends_s=self._asks.ends_s,
             clock=clock,
             counters=self._counters,
         )
@@ -265,7 +267,9 @@ class Engine:
         or Unavailable at once. What shows only when its turn comes arrives as Failed.
         """
         self._check(ask)
-        call = Call(ask, self._prompts.work(ask), sink, secrets.token_hex(8))
+        # A session's rows are its own, and drafts and labels have a state beside: these stay until they have ended.
+        yields = ask.session is None and ask.labels is None and not self._drafting
+        call = Call(ask, self._prompts.work(ask), sink, secrets.token_hex(8), yields=yields)
         position = self._asks.admit(call, self._clock())
         assert call.planned is not None
         accepted = Accepted(call.request_id, position, call.planned.plan)

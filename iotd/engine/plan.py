@@ -3,7 +3,7 @@
 Pure: a function of an ask's work and of what work costs. Knows no clock and no queue.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor
 from typing import Literal
 
@@ -87,6 +87,14 @@ class Planner:
     def least(self, work: Work) -> Planned:
         """The plan that takes the least time."""
         return self._at(work, _rungs(work) - 1, 0.0, 0.0, 1)
+
+    def again_s(self, work: Work, rung: int, n_said: int) -> float:
+        """What it takes to read an ask's prompt again, and so many tokens that it has said."""
+        seconds, at = self._prefill(replace(work, beside=()), rung)
+        for n_tokens in _cut(n_said, self._chunk_tokens):
+            seconds += self._costs.read_s(n_tokens, at)
+            at += n_tokens
+        return seconds
 
     def run_sizes(self, work: Work, rung: int) -> list[int]:
         """Tokens of each run that reads the prompt."""

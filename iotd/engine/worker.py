@@ -36,6 +36,8 @@ class Worker:
         self._saver = saver
         self._kit = kit
         self._running: tuple[Call, Answer] | None = None
+        self._put_back: dict[Call, Answer] = {}
+        """Answers that have made way for others."""
         self._owed_s = 0.0
         """What asks owe reading; below zero after a unit that took longer."""
         self._read_s = 0.0
@@ -45,6 +47,7 @@ class Worker:
         """Run one unit of work. False where there was nothing to do."""
         self._asks.settle(self._kit.clock())
         self._announce_reading()
+        self._make_way()
         if self._running is None and not self._reading_is_due():
             self._take()
         if self._running is not None:
@@ -79,7 +82,20 @@ class Worker:
     def _take(self) -> None:
         call = self._asks.take(self._kit.clock())
         if call is not None:
-            self._running = call, Answer(call, self._kit)
+            self._running = call, self._put_back.pop(call, None) or Answer(call, self._kit)
+
+    def _make_way(self) -> None:
+        """Put the running answer back where another needs the model, and drop those that ended meanwhile."""
+        if self._running is not None:
+            call, answer = self._running
+            if self._asks.must_make_way(call, answer.unit_s, self._kit.clock()):
+                answer.make_way()
+                self._asks.put_back(call, self._kit.clock())
+                self._put_back[call] = answer
+                self._running = None
+        for call in [call for call in self._put_back if call.ended]:
+            self._put_back.pop(call).close(well=False)
+            self._asks.release(call)
 
     def _answer(self, call: Call, answer: Answer) -> None:
         """Advance the running ask by one unit, and let it go where that ended it or something else had."""
@@ -87,12 +103,12 @@ class Worker:
         told = event is not None and self._asks.end(call, event)
         if call.ended:
             answer.close(well=told and isinstance(event, Done))
-            now_s = self._kit.clock()
-            self._asks.release(call, now_s)
+            self._asks.release(call)
             self._running = None
-            assert call.meter.started_s is not None
+            meter = call.meter
+            took_s = meter.image_s + meter.prefill_s + meter.decode_s
             self._read_s = 0.0
-            self._owed_s = min(self._owed_s, 2 * MOST_OWED_S) + READING_SHARE * (now_s - call.meter.started_s)
+            self._owed_s = min(self._owed_s, 2 * MOST_OWED_S) + READING_SHARE * took_s
 
     def _advance(self, call: Call, answer: Answer) -> Done | Failed | None:
         try:

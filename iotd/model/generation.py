@@ -89,6 +89,8 @@ class Generation:
         a place where it might. Of no effect on thoughts."""
         self.state = state
         """What has read all but `unread`: with drafting, the given state or the one beside it."""
+        self.tokens: list[int] = []
+        """All that were drawn or written so far, the one that ended the turn not among them."""
         self.unread: list[int] = []
         """The last tokens, which the state has not read; one that ended the turn is not among them."""
         self._decoder = decoder
@@ -240,6 +242,7 @@ class Generation:
             self._hear(self._text.push(token))
 
     def _add(self, tokens: Sequence[int]) -> None:
+        self.tokens += tokens
         self.unread += tokens
         self.n_tokens += len(tokens)
         self.n_thinking_tokens += len(tokens) * self.thinking
