@@ -1,9 +1,11 @@
 """The evaluation asks the same questions of whoever is asked, counts rightly, and reaches a real daemon."""
 
 import json
+import math
 import subprocess
 import sys
 from collections import Counter, deque
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from iotd.config import DEFAULT_SYSTEM
 from iotd.convert.convert import convert_random
 from iotd.demo import respondents
 from iotd.demo.broker import Mosquitto
+from iotd.demo.calibration import Case, calibration, expected_error
 from iotd.demo.devices import home_subscriptions
 from iotd.demo.evaluate import HOME_EVENTS, Score, ask, home, score, scores
 from iotd.demo.examples import HELD_OUT_SEED, Asked, Heard, Seen
@@ -49,6 +52,9 @@ class Scripted:
 
     def answer(self, question: str) -> str:
         return self._by_heart.popleft() if self._answer is None else self._answer
+
+    def weigh(self, question: str, labels: Sequence[str]) -> list[float]:
+        return [-1.0, -2.0]
 
 
 def iotd(*args: str) -> subprocess.CompletedProcess[str]:
@@ -130,6 +136,64 @@ def test_nothing_asked_is_no_accuracy() -> None:
     assert scores([]) == {}
 
 
+def test_yes_and_no_are_weighed_where_the_answer_begins_with_one_of_them() -> None:
+    outcomes = list(ask(Scripted(), 400))
+    weighed = [outcome for outcome in outcomes if outcome.yes_no is not None]
+    assert {outcome.expected.split()[0].strip(".,") for outcome in weighed} == {"Yes", "No"}
+    assert {outcome.kind for outcome in weighed} == {"state", "any door", "any motion", "camera whether"}
+    for outcome in weighed:
+        assert outcome.case == Case(1.0, right=outcome.expected.startswith("Yes"))
+    assert all(outcome.case is None for outcome in outcomes if outcome.yes_no is None)
+
+
+def margin(confidence: float) -> float:
+    return math.log(confidence / (1 - confidence))
+
+
+def test_the_calibration_error_is_the_mean_difference_of_confidence_and_accuracy() -> None:
+    """Worked by hand: bins of 0.5 to 0.6, of 0.7 to 0.8 and of 0.9 to 1."""
+    cases = [Case(margin(0.55), True), Case(margin(0.75), False), Case(margin(0.71), True), Case(margin(0.95), True)]
+    bins = 1 * abs(1 - 0.55) + 2 * abs(0.5 - 0.73) + 1 * abs(1 - 0.95)
+    assert expected_error(cases, 1.0) == pytest.approx(bins / 4)
+    assert expected_error([Case(1e6, True)], 1.0) == 0
+    assert expected_error([Case(0.0, True), Case(0.0, False)], 1.0) == 0
+
+
+def test_the_temperature_undoes_what_a_model_is_too_sure_of() -> None:
+    """It is twice as sure as it should be: of ten answers with 80 % two are wrong, and it says 94 %."""
+    cases = [Case(2 * margin(0.8), right=n // 2 % 5 > 0) for n in range(200)]
+    found = calibration(cases)
+    assert found is not None
+    assert (found.asked, found.right) == (200, 160)
+    assert found.temperature == pytest.approx(2.0, rel=0.04)
+    assert found.error == pytest.approx(16 / 17 - 0.8)
+    assert found.rest_error == pytest.approx(found.error)
+    assert found.rest_error_at_temperature < 0.01
+    assert calibration(cases[:1]) is None
+
+
+def test_yes_and_no_weigh_what_the_model_says(tiny_package: Path) -> None:
+    model, question, labels = Model.open(tiny_package, threads=1), "Is any door open?", ["Y", "Not"]
+    heard = [event for event in islice(home(HELD_OUT_SEED), 8) if isinstance(event, Heard)]
+    with PackageRespondent(tiny_package, threads=1) as respondent:
+        respondent.begin()
+        for event in heard:
+            respondent.read(event)
+        found = respondent.weigh(question, labels)
+    content = [part for n, event in enumerate(heard) for part in written(event, first=n == 0)]
+    user = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+    (prompt,) = model._parts([{"role": "system", "content": DEFAULT_SYSTEM}, user], thinking=False)
+    expected = []
+    for label in labels:
+        total, ids = 0.0, list(prompt)
+        for token in model.tokenizer.encode(label):
+            logits = model.prefill(model.new_state(2048), ids).astype(float)
+            total += logits[token] - math.log(sum(map(math.exp, logits)))
+            ids.append(token)
+        expected.append(total)
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
 def test_a_random_model_is_never_right(tiny_package: Path) -> None:
     with PackageRespondent(tiny_package, threads=1) as respondent:
         outcomes = list(ask(respondent, 12))
@@ -195,6 +259,9 @@ def test_a_running_daemon_is_asked_through_broker_and_grpc(
     assert json.loads(result.stdout)["overall"]["asked"] == 6
     expected = list(ask(Scripted(), 6, one_home=True))
     assert [line["question"] for line in read_lines(answers)] == [outcome.question for outcome in expected]
+    weighed = [line["yes_no"] is not None for line in read_lines(answers)]
+    assert weighed == [outcome.yes_no is not None for outcome in expected]
+    assert any(weighed)
     grown = {name: after.counters[name] - before.counters[name] for name in after.counters}
     assert grown["readings_read"] + grown["frames_read"] == len(events)
     assert grown["frames_read"] == sum(isinstance(event, Seen) for event in events) > 0
@@ -243,6 +310,7 @@ def test_json_is_one_object(tiny_package: Path) -> None:
     interval = pytest.approx([0.0, 0.4345], abs=1e-4)
     assert told["overall"] == {"asked": 5, "right": 0, "accuracy": 0.0, "interval": interval}
     assert told["overall"]["asked"] == sum(kind["asked"] for kind in told["kinds"].values())
+    assert told["calibration"] is None or told["calibration"]["asked"] <= 5
     assert told["without_mischief_before"]["asked"] + told["with_mischief_before"]["asked"] == 5
     assert len(told["wrong"]) == 1
 

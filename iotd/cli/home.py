@@ -86,6 +86,9 @@ def demo(for_s: float | None, seed: int | None, as_json: bool) -> int:
 def evaluate(questions: int, answers: IO[str] | None, show_wrong: int, as_json: bool, **who: Any) -> None:
     """Ask the held-out questions about simulated homes, and count the right answers by kind.
 
+    Of questions for yes or no it says, too, how true the probabilities are that `iotd classify` gives: the expected
+    calibration error, and the temperature that would make it smallest.
+
     PACKAGE is asked directly, with --head; daemons have a head of their own. A running daemon keeps its context: start
     it fresh, and let nobody else publish to it.
     """
@@ -132,8 +135,10 @@ def _respondent(
 
 
 def _tell_scores(outcomes: "Sequence[Outcome]", wrong: "Sequence[Outcome]", as_json: bool) -> None:
+    from iotd.demo.calibration import calibration
     from iotd.demo.evaluate import score, scores
 
+    weighed = calibration([case for outcome in outcomes if (case := outcome.case) is not None])
     kinds = scores(outcomes)
     sums = {
         "overall": score(outcomes),
@@ -144,6 +149,7 @@ def _tell_scores(outcomes: "Sequence[Outcome]", wrong: "Sequence[Outcome]", as_j
         told: dict[str, object] = {name.replace(" ", "_"): each.figures for name, each in sums.items()}
         told |= {
             "kinds": {kind: each.figures for kind, each in kinds.items()},
+            "calibration": plain(weighed) if weighed is not None else None,
             "wrong": [plain(each) for each in wrong],
         }
         click.echo(json.dumps(told, ensure_ascii=False))
@@ -153,6 +159,12 @@ def _tell_scores(outcomes: "Sequence[Outcome]", wrong: "Sequence[Outcome]", as_j
         low, high = each.interval
         accuracy = f"{each.accuracy:.1%}" if each.asked else "-"
         click.echo(f"{name:<24}{each.asked:>7}{each.right:>7}{accuracy:>10}   {low:.1%} to {high:.1%}")
+    if weighed is not None:
+        click.echo(
+            f"\ncalibration of yes and no: {weighed.right} of {weighed.asked} right, error {weighed.error:.4f}\n"
+            f"temperature {weighed.temperature:.2f}, fitted to every other question, makes it "
+            f"{weighed.rest_error_at_temperature:.4f} for the rest, from {weighed.rest_error:.4f}"
+        )
     for outcome in wrong:
         click.echo(f"\n{outcome.kind}: {outcome.question}")
         click.echo(f"  answer    {outcome.answer!r}\n  expected  {outcome.expected!r}")

@@ -5,16 +5,19 @@ Knows neither how the model is reached (see `respondents`) nor how the result is
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from iotd.demo.calibration import Case
 from iotd.demo.examples import HELD_OUT_SEED, Asked, Event, Heard, Pace, Seen, conversation
 from iotd.demo.questions import KIND_WEIGHTS, Question
 
 PACE = Pace(events=(4, 18), questions=(6, 9), frames=0.12, mischief=0.03)
 HOME_EVENTS = 34
 """Readings and frames of one home at most: about 700 tokens, as long as the conversations of the training."""
+YES_NO = ("Yes", "No")
+"""How the answer to a question for one of the two begins, unless it is to be JSON."""
 Z_95 = 1.959964
 """Of the normal distribution: 95 % lie within so many standard deviations."""
 
@@ -30,6 +33,9 @@ class Respondent(Protocol):
 
     def answer(self, question: str) -> str:
         """The most likely answer. What is read and asked later is not changed by it."""
+
+    def weigh(self, question: str, labels: Sequence[str]) -> list[float]:
+        """Natural logarithms of the probabilities with which the answer begins with each label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,16 @@ class Outcome:
     right: bool
     mischief: bool
     """A payload that is no reading was heard before it, since the home began."""
+    yes_no: tuple[float, float] | None = None
+    """Log probabilities with which the answer begins with `Yes` and `No`; None where it should begin with neither."""
+
+    @property
+    def case(self) -> Case | None:
+        """Of answering by the likelier of yes and no."""
+        if self.yes_no is None:
+            return None
+        yes, no = self.yes_no
+        return Case(abs(yes - no), right=(yes > no) == self.expected.startswith(YES_NO[0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +130,21 @@ def _outcomes(respondent: Respondent, seed: int, events: Iterable[Event]) -> Ite
     index, mischief = 0, False
     for event in events:
         if isinstance(event, Asked):
-            yield _outcome(event.question, respondent.answer(event.question.text), seed, index, mischief)
+            yield _outcome(respondent, event.question, seed, index, mischief)
             index += 1
         else:
             mischief = mischief or (isinstance(event, Heard) and not event.report.says)
             respondent.read(event)
 
 
-def _outcome(question: Question, answer: str, seed: int, index: int, mischief: bool) -> Outcome:
+def _outcome(respondent: Respondent, question: Question, seed: int, index: int, mischief: bool) -> Outcome:
+    answer = respondent.answer(question.text)
     right = question.right(answer)
-    return Outcome(seed, index, question.kind, question.text, answer, question.answer, right, mischief)
+    yes_no: tuple[float, float] | None = None
+    if question.yes_or_no:
+        yes, no = respondent.weigh(question.text, YES_NO)
+        yes_no = yes, no
+    return Outcome(seed, index, question.kind, question.text, answer, question.answer, right, mischief, yes_no)
 
 
 def _shortened(events: Iterator[Event]) -> Iterator[Event]:

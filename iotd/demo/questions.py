@@ -90,6 +90,11 @@ class Question:
     max_words: int | None = None
     """Where the question names a limit."""
 
+    @property
+    def yes_or_no(self) -> bool:
+        """Whether its answer begins with one of these words."""
+        return self.fact.yes is not None and re.match(r"(Yes|No)\b", self.answer) is not None
+
     def right(self, answer: str) -> bool:
         """Whether an answer says what is so, in the form and length asked for."""
         answer = answer.strip()

@@ -4,7 +4,7 @@ All decode greedily, so that the same question over the same stream has the same
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,10 +21,10 @@ from iotd.demo.examples import Heard, Seen
 from iotd.demo.scene import jpeg
 from iotd.engine.backlog import Shot
 from iotd.engine.entry import Entry, Part, Rows, chunks
-from iotd.engine.feed import Floats, encode, feed
+from iotd.engine.feed import Floats, Ints, encode, feed
 from iotd.engine.lines import Lines
 from iotd.errors import InvalidInput, Unavailable
-from iotd.events import Reading, Sampling, ServerStatus
+from iotd.events import Labels, Reading, Sampling, ServerStatus
 from iotd.model import Model, State
 from iotd.model.head import HeadKind
 from iotd.model.package import read_manifest
@@ -74,9 +74,7 @@ class PackageRespondent:
         self._feed(self._live, [*date, *entry.parts])
 
     def answer(self, question: str) -> str:
-        self._live.copy_into(self._fork)
-        logits = self._feed(self._fork, self._lines.question(question, (), thinking=False), logits=True)
-        assert logits is not None
+        logits = self._ask(question)
         sampling = Sampling(temperature=0.0, presence_penalty=0.0, max_tokens=MAX_TOKENS)
         generation = self._model.generation(self._fork, logits, sampling)
         text = ""
@@ -84,19 +82,36 @@ class PackageRespondent:
             text += generation.step()
         return text + generation.flush()
 
+    def weigh(self, question: str, labels: Sequence[str]) -> list[float]:
+        logits = self._ask(question, only=self._model.every_token)
+        paths = self._model.label_paths(labels)
+        weighing = self._model.weighing(self._fork, logits, Labels(tuple(labels)), paths)
+        while not weighing.done:
+            weighing.step()
+        return [score.log_probability for score in weighing.result().labels]
+
+    def _ask(self, question: str, only: Ints | None = None) -> Floats:
+        """Read it on the fork. Returns float32 [V] after its last token."""
+        self._live.copy_into(self._fork)
+        logits = self._feed(self._fork, self._lines.question(question, (), thinking=False), logits=True, only=only)
+        assert logits is not None
+        return logits
+
     def _entry(self, event: Heard | Seen) -> Entry:
         observation = event.observation()
         if isinstance(observation, Reading):
             return self._lines.reading(observation)[0]
         return self._lines.frame(Shot(observation.camera, observation.time_s, observation.rgb))
 
-    def _feed(self, state: State, parts: list[Part], *, logits: bool = False) -> Floats | None:
-        """Read it all. Returns float32 [V] after the last token, where it is asked for."""
+    def _feed(
+        self, state: State, parts: list[Part], *, logits: bool = False, only: Ints | None = None
+    ) -> Floats | None:
+        """Read it all. Returns float32 [V] after the last token, where it is asked for; `only` is as in `feed`."""
         found: Floats | None = None
         for chunk in chunks(parts, lambda: CHUNK_TOKENS):
             if isinstance(chunk, Rows) and chunk.image.embedding is None:
                 encode(self._model, chunk.image)
-            found = feed(self._model, state, chunk, logits=logits)
+            found = feed(self._model, state, chunk, logits=logits, only=only)
         return found
 
 
@@ -147,6 +162,10 @@ class DaemonRespondent:
         return self._client.answer(
             question, budget_s=BUDGET_S, temperature=0.0, presence_penalty=0.0, max_tokens=MAX_TOKENS, thinking=False
         ).text
+
+    def weigh(self, question: str, labels: Sequence[str]) -> list[float]:
+        found = self._client.classify(question, labels, budget_s=BUDGET_S)
+        return [found.log_probabilities[label] for label in labels]
 
     def _wait_subscribed(self) -> None:
         """Send what is counted and not read, until it arrives."""
@@ -229,6 +248,9 @@ class FreshDaemonRespondent:
             self._home.close()
             self._start()
         return self._respondent.answer(question)
+
+    def weigh(self, question: str, labels: Sequence[str]) -> list[float]:
+        return self._respondent.weigh(question, labels)
 
 
 def _message(event: Heard | Seen) -> tuple[str, str | bytes]:
