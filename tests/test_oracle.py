@@ -24,6 +24,7 @@ import oracle_checkpoints as oracle  # noqa: E402
 from divergence import divergence  # noqa: E402
 
 from iotd.convert.convert import convert_checkpoint  # noqa: E402
+from iotd.events import Labels  # noqa: E402
 from iotd.model import Model  # noqa: E402
 
 LOGITS_TOLERANCE = 2e-4
@@ -91,6 +92,23 @@ def test_greedy_text_is_identical(case: Case) -> None:
     messages = [{"role": "user", "content": "How warm is it?"}]
     pieces = list(case.model.generate(messages, max_tokens=48, temperature=0, presence_penalty=0))
     assert "".join(pieces) == expected
+
+
+def test_label_probabilities_agree(case: Case) -> None:
+    """Log probabilities of labels of one token and of several, with shared beginnings, are transformers'."""
+    labels = Labels(("y", "yes", "yes, it is warm", "no"), length_normalized=True)
+    paths = case.model.label_paths(labels.texts)
+    state = case.model.new_state(N_TOKENS + 32)
+    logits = case.model.prefill(state, case.ids, only=case.model.every_token)
+    weighing = case.model.weighing(state, logits, labels, paths)
+    while not weighing.done:
+        weighing.step()
+    for path, score in zip(paths, weighing.result().labels, strict=True):
+        inputs = torch.tensor([[*case.ids.tolist(), *path]])
+        with torch.no_grad():
+            log_p = case.network(inputs).logits[0].log_softmax(-1)
+        expected = [log_p[N_TOKENS - 1 + n, token].item() for n, token in enumerate(path)]
+        assert score.log_probability == pytest.approx(np.mean(expected), abs=LOGITS_TOLERANCE)
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 24), (101, 77), (13, 60), (300, 200)])

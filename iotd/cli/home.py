@@ -138,7 +138,7 @@ def _tell_scores(outcomes: "Sequence[Outcome]", wrong: "Sequence[Outcome]", as_j
     from iotd.demo.calibration import calibration
     from iotd.demo.evaluate import score, scores
 
-    yes_no = calibration([case for outcome in outcomes if (case := outcome.case) is not None])
+    weighed = calibration([case for outcome in outcomes if (case := outcome.case) is not None])
     kinds = scores(outcomes)
     sums = {
         "overall": score(outcomes),
@@ -149,7 +149,7 @@ def _tell_scores(outcomes: "Sequence[Outcome]", wrong: "Sequence[Outcome]", as_j
         told: dict[str, object] = {name.replace(" ", "_"): each.figures for name, each in sums.items()}
         told |= {
             "kinds": {kind: each.figures for kind, each in kinds.items()},
-            "calibration": plain(yes_no) if yes_no is not None else None,
+            "calibration": plain(weighed) if weighed is not None else None,
             "wrong": [plain(each) for each in wrong],
         }
         click.echo(json.dumps(told, ensure_ascii=False))
@@ -159,12 +159,11 @@ def _tell_scores(outcomes: "Sequence[Outcome]", wrong: "Sequence[Outcome]", as_j
         low, high = each.interval
         accuracy = f"{each.accuracy:.1%}" if each.asked else "-"
         click.echo(f"{name:<24}{each.asked:>7}{each.right:>7}{accuracy:>10}   {low:.1%} to {high:.1%}")
-    if yes_no is not None:
+    if weighed is not None:
         click.echo(
-            f"\nyes or no by probability: {yes_no.right} of {yes_no.asked} right, "
-            f"calibration error {yes_no.error:.4f};\n"
-            f"temperature {yes_no.temperature:.2f}, fitted to every other question, makes it "
-            f"{yes_no.rest_error_at_temperature:.4f} for the rest, from {yes_no.rest_error:.4f}"
+            f"\ncalibration of yes and no: {weighed.right} of {weighed.asked} right, error {weighed.error:.4f}\n"
+            f"temperature {weighed.temperature:.2f}, fitted to every other question, makes it "
+            f"{weighed.rest_error_at_temperature:.4f} for the rest, from {weighed.rest_error:.4f}"
         )
     for outcome in wrong:
         click.echo(f"\n{outcome.kind}: {outcome.question}")

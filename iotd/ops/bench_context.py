@@ -1,4 +1,5 @@
-"""What the warm context is worth: how soon an answer begins over a short and over a long one, and what a fork costs.
+"""What the warm context is worth: how soon an answer begins over a short and over a long one, how soon two labels are
+weighed, and what a fork costs.
 
 It drives the engine that the daemon runs, without broker and network.
 """
@@ -14,7 +15,7 @@ import numpy as np
 from iotd.config import AskConfig, ContextConfig
 from iotd.engine import Engine
 from iotd.errors import Unavailable
-from iotd.events import AnswerEvent, Ask, Done, Failed, Reading, Sampling
+from iotd.events import AnswerEvent, Ask, Done, Failed, Labels, Reading, Sampling
 from iotd.model import Model
 from iotd.ops import board
 from iotd.ops.bench import OURS, Figure, figure, in_turn
@@ -22,6 +23,9 @@ from iotd.ops.peers import LlamaServer
 
 WINDOW = 2048
 QUESTION_TOKENS = 20
+LABELS = Labels(("Y", "N"))
+"""Of one token each, whatever the vocabulary."""
+WEIGHING = "iotd, labels"
 N_FORKS = 100
 CHART = "first token"
 READ_S = 600.0
@@ -44,14 +48,18 @@ def run(
         medians: list[float] = []
         for length in lengths:
             n_read = _fill(engine, length, n_read)
-            asks = {OURS: partial(_first_token_s, engine, question)}
+            asks = {
+                OURS: partial(_answered_s, engine, question),
+                WEIGHING: partial(_answered_s, engine, question, LABELS),
+            }
             asks |= {peer.name: partial(_PeerAsker(peer, model, length).first_token_s) for peer in peers}
             first_s = in_turn(asks, repeat)
             tokens = engine.status().context_tokens
             own = figure(f"first token over {tokens}", "s", first_s[OURS], chart=CHART, at=length)
             medians.append(own.median)
             yield own
-            for name in [*asks][1:]:
+            yield figure(f"two labels weighed over {tokens}", "s", first_s[WEIGHING], at=length)
+            for name in [*asks][2:]:
                 ratios = [b / a for a, b in zip(first_s[OURS], first_s[name], strict=True)]
                 yield figure(f"the same, {name} over {length}", "s", first_s[name], engine=name, chart=CHART, at=length)
                 yield figure(f"so many times sooner than {name}", "×", ratios)
@@ -98,11 +106,13 @@ def _fill(engine: Engine, length: int, n_read: int) -> int:
     return n_read
 
 
-def _first_token_s(engine: Engine, question: str) -> float:
+def _answered_s(engine: Engine, question: str, labels: Labels | None = None) -> float:
+    """Until the first token, or until the labels are weighed."""
     events: queue.SimpleQueue[AnswerEvent] = queue.SimpleQueue()
     now_s = time.monotonic()
     # An answer of one token, so that its end is its beginning: random weights may draw half of a character.
-    engine.submit(Ask(question, now_s, now_s + READ_S, sampling=Sampling(max_tokens=1, temperature=0.0)), events.put)
+    sampling = Sampling(max_tokens=1, temperature=0.0)
+    engine.submit(Ask(question, now_s, now_s + READ_S, sampling=sampling, labels=labels), events.put)
     while not isinstance(event := events.get(), Done):
         if isinstance(event, Failed):
             raise event.error
