@@ -384,7 +384,7 @@ def bench(package: Path, tmp_path: Path, *args: str) -> "subprocess.Popen[str]":
 def test_a_daemon_is_asked_over_grpc_while_it_reads_the_home(demo_package: Path, tmp_path: Path) -> None:
     answers, plot, own = tmp_path / "answers.jsonl", tmp_path / "out.svg", tmp_path / "tmp"
     own.mkdir()
-    options = ["--load", "0.5", "--load", "1.5", "--asks", "20", "--budgets", "100ms:2s", "--baseline", "--json"]
+    options = ["--load", "0.5", "--load", "1.5", "--asks", "20", "--budgets", "1s:30s", "--baseline", "--json"]
     process = bench(demo_package, own, *options, "--answers", str(answers), "--plot", str(plot))
     output, errors = process.communicate(timeout=180)
     assert (process.returncode, errors) == (0, "")
