@@ -88,8 +88,9 @@ class Answer:
                 n_tokens, runs = self._generation.n_tokens, self._call.meter.runs
                 self._kit.lengths.learn(self._call.work.kind, n_tokens if self._free_text else runs)
             self._say(self._generation.flush())
+            ending = "" if self._sentences.holding else self._generation.ending
             cut_off = self._free_text and reason is FinishReason.BUDGET
-            self._call.speak(self._sentences.rest(cut_off=cut_off), self._kit.clock())
+            self._call.speak(self._sentences.rest(cut_off=cut_off), self._kit.clock(), ending=ending)
             self._name_session(reason)
         return reason
 

@@ -41,6 +41,7 @@ def _runs(model: Model, parent: State, fork: State, costs: Costs, chunk_tokens: 
 
     def at(position: int, n_tokens: int, steps: int) -> Run:
         def run() -> None:
+            costs.rest()
             with costs.fork():
                 parent.lend_to(fork)
             fork.skip(position - fork.position)
@@ -77,6 +78,7 @@ def _image(model: Model, costs: Costs) -> Run:
 
     def run() -> None:
         model.encode_image(rgb)  # the first one opens the graph
+        costs.rest()
         with costs.image(n_tokens):
             model.encode_image(rgb)
         model.close_vision()

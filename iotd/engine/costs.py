@@ -1,5 +1,7 @@
 """What work takes on this machine: learnt from every unit that runs, and asked before any is planned.
 
+What is done between two units of one answer counts for the second: text told, the queue looked through.
+
 A kind of work has a shape (how its time grows with tokens and positions), which its first units tell, and a speed: a
 processor that throttles, or a neighbour that takes its cores, shows within a few units. One stall changes neither.
 
@@ -43,11 +45,17 @@ class Costs:
         """When the unit in hand will have ended, or the last one has, on the clock."""
         self._clock = clock
         self._fits = _fits()
+        self._followed_s: float | None = None
+        """When the last unit ended, which the next one follows."""
 
     @property
     def known(self) -> bool:
         """Answers can be planned."""
         return self._fits["read"].seen and self._fits["step"].seen
+
+    def rest(self) -> None:
+        """The next unit does not follow the last one: what lies between them is no part of it."""
+        self._followed_s = None
 
     @contextmanager
     def fork(self) -> Iterator[None]:
@@ -131,12 +139,11 @@ class Costs:
 
     @contextmanager
     def _unit(self, kind: str, features: Features) -> Iterator[None]:
-        began_s = self._clock()
+        began_s = self._clock() if self._followed_s is None else self._followed_s
         self.busy_until_s = began_s + self._fits[kind].predict(features)
         yield
-        ended_s = self._clock()
-        self.busy_until_s = ended_s
-        self._fits[kind].learn(features, ended_s - began_s)
+        self.busy_until_s = self._followed_s = self._clock()
+        self._fits[kind].learn(features, self.busy_until_s - began_s)
 
 
 def _reading(n_tokens: int, position: int, logits: bool) -> Features:

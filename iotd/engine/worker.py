@@ -73,6 +73,7 @@ class Worker:
         self._asks.debt_s = 0.0 if self._reader.idle else max(0.0, self._owed_s - MOST_OWED_S)
 
     def _read(self) -> None:
+        self._kit.costs.rest()
         began_s = self._kit.clock()
         self._reader.advance()
         took_s = self._kit.clock() - began_s
@@ -82,6 +83,7 @@ class Worker:
     def _take(self) -> None:
         call = self._asks.take(self._kit.clock())
         if call is not None:
+            self._kit.costs.rest()
             self._running = call, self._put_back.pop(call, None) or Answer(call, self._kit)
 
     def _make_way(self) -> None:

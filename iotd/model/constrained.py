@@ -59,8 +59,8 @@ class ConstrainedGeneration(Generation):
 
     def close(self) -> Said:
         """A short rest of an answer from here; nothing where the model has not chosen anything yet."""
-        if self._n_drawn:
-            self._write(self._constraint.closing)
+        if self._n_drawn and not self.done:
+            self._cut(FinishReason.BUDGET)
         return self._told()
 
     def _draw_one(self) -> None:
