@@ -176,11 +176,13 @@ def test_a_machine_that_becomes_slow_is_planned_for_within_a_few_steps() -> None
 
 def test_the_model_is_told_how_many_words_there_is_time_for() -> None:
     engine = costly(tell_length=True)
-    engine.ask("how warm?", budget_s=2.5, max_tokens=200)
-    engine.turns_until(lambda: "how warm?" in engine.fork.text)
-    words = engine.fork.text.partition("\nAnswer in at most ")[2].partition(" words.")[0]
-    assert 5 <= int(words) <= 40
-    engine.settle()
-    engine.ask("how cold?", budget_s=60.0, max_tokens=20)
-    engine.turns_until(lambda: "how cold?" in engine.fork.text)
-    assert "words" not in engine.fork.text
+    for question, budget_s, told in (("how warm?", 1.0, " "), ("how cold", 1.0, "\n"), ("how wet?", 60.0, None)):
+        engine.ask(question, budget_s=budget_s, max_tokens=200)
+        engine.turns_until(lambda question=question: f"{question}" in engine.fork.text)
+        behind = engine.fork.text.rpartition(question)[2].partition("<close>")[0]
+        if told is None:
+            assert behind == ""
+        else:
+            assert behind.startswith(f"{told}Answer in at most ")
+            assert 2 <= int(behind.split()[4]) <= 12
+        engine.settle()

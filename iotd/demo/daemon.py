@@ -38,10 +38,7 @@ def home_daemon(
     host, port = broker
     mqtt = {"host": host, "port": port, "node": node, "subscriptions": msgspec.to_builtins(home_subscriptions())}
     model = {"path": str(package.absolute()), **sections.pop("model", {})}
-    # The demo's model knows no such line.
-    ask = {"tell_length": False, **sections.pop("ask", {})}
-    document = {"model": model, "mqtt": mqtt, "ask": ask, "grpc": {"listen": "127.0.0.1:0"}, "snapshot": {"path": ""}}
-    document |= sections
+    document = {"model": model, "mqtt": mqtt, "grpc": {"listen": "127.0.0.1:0"}, "snapshot": {"path": ""}, **sections}
     with tempfile.TemporaryDirectory(prefix=f"iotd-{node}-") as folder:
         config = Path(folder) / "iotd.yaml"
         config.write_text(json.dumps(document))

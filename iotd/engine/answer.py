@@ -85,14 +85,19 @@ class Answer:
                 self._say(self._generation.close())
                 self._call.meter.generation_tokens = self._generation.n_tokens
             else:
-                n_tokens, runs = self._generation.n_tokens, self._call.meter.runs
-                self._kit.lengths.learn(self._call.work.kind, n_tokens if self._free_text else runs)
+                self._learn_length(self._generation.n_tokens)
             self._say(self._generation.flush())
             ending = "" if self._sentences.holding else self._generation.ending
             cut_off = self._free_text and reason is FinishReason.BUDGET
             self._call.speak(self._sentences.rest(cut_off=cut_off), self._kit.clock(), ending=ending)
             self._name_session(reason)
         return reason
+
+    def _learn_length(self, n_tokens: int) -> None:
+        meter, lengths = self._call.meter, self._kit.lengths
+        lengths.learn(self._call.work.kind, n_tokens if self._free_text else meter.runs)
+        if meter.runs and not self._free_text:
+            lengths.learn_run(meter.run_tokens / meter.runs)
 
     @property
     def unit_s(self) -> float:
@@ -228,13 +233,7 @@ class Answer:
         if call.ask.catch_up:
             token_s = kit.costs.read_s(kit.chunk_tokens, call.work.position) / kit.chunk_tokens
             catch_up_tokens = int(max(0.0, time_s - planned.reserved_s) / token_s) if token_s else call.work.room
-        parts = kit.prompts.make(
-            call.ask,
-            rung=planned.rung,
-            thinking=planned.plan.thinking_tokens > 0,
-            answer_tokens=planned.plan.answer_tokens,
-            catch_up_tokens=catch_up_tokens,
-        )
+        parts = kit.prompts.make(call.ask, planned, catch_up_tokens=catch_up_tokens)
         if call.ask.catch_up:
             call.work = replace(call.work, parts=tuple(count_tokens([part]) for part in parts))
             planned = self._planned(time_s)
@@ -281,12 +280,13 @@ class Answer:
             generation.end_thought()
         generation.haste = max(0.0, 1 - (runs_left - 1) / HASTE_TOKENS)
         guess = self._kit.drafting and runs_left > GUESS_TOKENS
-        n_before = generation.n_tokens
+        n_before, n_unread = generation.n_tokens, len(generation.unread)
         last = runs_left == 1 and n_before > 0 and self._free_text
         with self._timed("decode_s"), self._measured(generation, guess):
             said = generation.conclude() if last else generation.step(guess=guess)
         meter = self._call.meter
         meter.runs += n_before > 0
+        meter.run_tokens += n_unread
         meter.generation_tokens = generation.n_tokens
         left = max(1, plan.reserved_tokens + plan.thinking_tokens - generation.n_tokens)
         self._call.reserved_end_s = self._kit.clock() + left * self._run_s()

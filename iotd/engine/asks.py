@@ -175,7 +175,7 @@ class Asks:
             return call.planned.reserved_s
         planned, said = call.planned, call.meter.generation_tokens
         left = max(LEAST_TOKENS, planned.plan.reserved_tokens + planned.plan.thinking_tokens - said)
-        return self._planner.again_s(call.work, planned.rung, said) + left * planned.run_s
+        return self._planner.again_s(call.work, planned.rung, said) + left * (planned.run_s + planned.token_s)
 
     def _latest_end(self) -> float:
         """When the model must be free, so that none that waits is late."""

@@ -46,6 +46,8 @@ class Meter:
     generation_tokens: int = 0
     runs: int = 0
     """Of the model, behind the prompt."""
+    run_tokens: int = 0
+    """Read by these."""
 
 
 class Call:
@@ -149,7 +151,8 @@ class Call:
         if self.planned is None or self.meter.started_s is None or self.meter.put_back_s:
             return 0.0
         queue_s = self.meter.started_s - self.ask.arrived_s
-        return queue_s + self.planned.first_s + self.meter.runs * self.planned.run_s
+        meter, planned = self.meter, self.planned
+        return queue_s + planned.first_s + meter.runs * planned.run_s + meter.run_tokens * planned.token_s
 
     def timings(self, now_s: float) -> Timings:
         m, arrived_s = self.meter, self.ask.arrived_s

@@ -53,8 +53,12 @@ class Costs:
         """Answers can be planned."""
         return self._fits["read"].seen and self._fits["step"].seen
 
+    def begin(self) -> None:
+        """What is done from now on counts for the next unit."""
+        self._followed_s = self._clock()
+
     def rest(self) -> None:
-        """The next unit does not follow the last one: what lies between them is no part of it."""
+        """What was done up to the next unit counts for none."""
         self._followed_s = None
 
     @contextmanager
@@ -90,14 +94,14 @@ class Costs:
     def fork_s(self) -> float:
         return self._fits["fork"].predict((1.0,))
 
-    def read_s(self, n_tokens: int, position: int, *, logits: bool = False) -> float:
+    def read_s(self, n_tokens: float, position: int, *, logits: bool = False) -> float:
         return self._fits["read"].predict(_reading(n_tokens, position, logits))
 
     def step_s(self, position: int, *, slow: bool = False) -> float:
         """slow: 95 of 100 take less."""
         return self._fits["step"].predict(_stepping(position), slow=slow)
 
-    def form_s(self, n_tokens: int, position: int, *, slow: bool = False) -> float:
+    def form_s(self, n_tokens: float, position: int, *, slow: bool = False) -> float:
         """Of one that was never seen: what reading as many tokens takes."""
         fit = self._fits["form"]
         if not fit.seen:
@@ -146,7 +150,7 @@ class Costs:
         self._fits[kind].learn(features, self.busy_until_s - began_s)
 
 
-def _reading(n_tokens: int, position: int, logits: bool) -> Features:
+def _reading(n_tokens: float, position: int, logits: bool) -> Features:
     return 1.0, n_tokens, n_tokens * (position + n_tokens / 2) / 1024, float(logits)
 
 

@@ -7,6 +7,8 @@ SEEN = 32
 """Answers of a kind that are looked at, the last ones."""
 USUAL = 0.75
 """Of them are no longer than what is usual."""
+MEMORY = 0.2
+"""Of the newest answer, in the tokens of a run."""
 AT_FIRST = {"text": 24, "form": 8, "labels": 0}
 Answers = Literal["text", "form", "labels"]
 
@@ -17,11 +19,15 @@ class Lengths:
     def __init__(self) -> None:
         self._seen = {kind: deque([n], maxlen=SEEN) for kind, n in AT_FIRST.items()}
         self._usual = dict(AT_FIRST)
-        self.run_tokens = 2
-        """Usual of a run in an answer of a given form."""
+        self.run_tokens = 2.0
+        """Of a run in an answer of a given form, on the whole."""
 
     def usual(self, kind: Answers) -> int:
         return self._usual[kind]
+
+    def learn_run(self, n_tokens: float) -> None:
+        """One more answer of a given form had so many tokens a run."""
+        self.run_tokens += MEMORY * (n_tokens - self.run_tokens)
 
     def learn(self, kind: Answers, n: int) -> None:
         """One more answer has come to its end by itself."""

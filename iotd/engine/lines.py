@@ -15,6 +15,7 @@ from iotd.errors import InvalidInput
 from iotd.events import RGB, Reading
 from iotd.model import Model
 from iotd.model.chat import Segment, UserText
+from iotd.model.endings import ends_sentence
 from iotd.model.resize import target_size
 from iotd.model.vision import Grid
 
@@ -30,7 +31,7 @@ class Lines:
     def __init__(self, model: Model, max_tokens: int) -> None:
         self._model = model
         self._max_tokens = max_tokens
-        self._ellipsis = self._plain(" …\n")
+        self._ellipsis = self.plain(" …\n")
 
     def opening(self, system: str) -> Tokens:
         """The system prompt and the beginning of the user's turn that stays open."""
@@ -38,13 +39,13 @@ class Lines:
 
     def date(self, day: str) -> Tokens:
         """The line before the first event of a day."""
-        return self._plain(day_line(day))
+        return self.plain(day_line(day))
 
     def reading(self, reading: Reading) -> tuple[Entry, bool]:
         """One dated line; True where it was too long and is cut."""
         line = reading_line(reading)
         shown = line[: self._max_tokens * CHARS_PER_TOKEN]
-        tokens = self._plain(shown)
+        tokens = self.plain(shown)
         cut = len(shown) < len(line) or len(tokens) > self._max_tokens
         if cut:
             tokens = tokens[: self._max_tokens - len(self._ellipsis)] + self._ellipsis
@@ -52,7 +53,7 @@ class Lines:
 
     def skipped(self, n_readings: int, time_s: float) -> Entry:
         """A line that says what the stream lacks."""
-        return _entry((self._plain(skipped_line(n_readings, time_s)),), time_s)
+        return _entry((self.plain(skipped_line(n_readings, time_s)),), time_s)
 
     def frame(self, shot: Shot) -> Entry:
         """A camera's image behind its time and name, shrunk to what the context gives one event.
@@ -74,7 +75,7 @@ class Lines:
 
     def exact(self, figures: Iterable[Figures]) -> list[Tokens]:
         """A line for each sensor, with its exact figures."""
-        return [self._plain(describe(each, _clock(each.time_s))) for each in figures]
+        return [self.plain(describe(each, _clock(each.time_s))) for each in figures]
 
     def next_turn(self) -> Tokens:
         """The end of an answer, and the beginning of the user's turn that follows it in a session."""
@@ -86,7 +87,7 @@ class Lines:
         words: that the answer may have, which the model is told; 0 tells nothing.
         """
         parts = [part for image in images for part in self._picture(UserText(""), image)]
-        told = f"\nAnswer in at most {words} words." if words else ""
+        told = (" " if ends_sentence(text) else "\n") + hint(words) if words else ""
         return parts + self._runs([UserText(text.strip() + told), *self._model.chat.close_turn(thinking)])
 
     def image(self, rgb: RGB, max_tokens: int) -> Image:
@@ -134,7 +135,7 @@ class Lines:
         """Of segments without images."""
         return [token for run in self._runs(segments) for token in _ids(run)]
 
-    def _plain(self, text: str) -> Tokens:
+    def plain(self, text: str) -> Tokens:
         return self._model.tokenizer.encode(text, special=False)
 
 
@@ -158,6 +159,11 @@ def skipped_line(n_readings: int, time_s: float) -> str:
 def frame_line(camera: str, time_s: float) -> str:
     """What stands before a camera's image; a line break stands behind it."""
     return f"{_clock(time_s)} camera {camera[:MAX_LABEL]}: "
+
+
+def hint(words: int) -> str:
+    """How long an answer may be."""
+    return f"Answer in at most {words} words."
 
 
 def _clock(time_s: float) -> str:

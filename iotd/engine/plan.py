@@ -40,6 +40,8 @@ class Work:
     """The prompt: so many tokens of text, and images between them."""
     max_tokens: int
     thinking: bool = False
+    hint_tokens: int = 0
+    """Of a line that tells the model how long its answer may be, should it be short of time; 0 tells nothing."""
     beside: tuple[int, ...] = ()
     """Tokens of runs behind the prompt that weigh labels."""
     room: int = 1 << 30
@@ -53,10 +55,14 @@ class Planned:
     plan: Plan
     rung: int
     """How many sizes each image was made smaller by, as far as it has so many."""
+    hint: bool
+    """The model is told how long its answer may be."""
     first_s: float
     """From the beginning of its turn to its first token."""
     run_s: float
-    """Each further run of it."""
+    """Each further run of it, besides its tokens."""
+    token_s: float
+    """Each token that such a run reads; 0 where it is always one, and in `run_s`."""
     least_s: float
     """What the least answer takes, at a slow pace."""
     reserved_s: float
@@ -81,7 +87,11 @@ class Planner:
                 continue
             best = planned
             if planned.plan.answer_tokens >= usual:
-                break
+                return best
+        if best is not None and work.hint_tokens:
+            hinted = self._at(_with_hint(work), best.rung, time_s, queue_s, usual)
+            if hinted.least_s <= time_s:
+                return replace(hinted, hint=True)
         return best
 
     def least(self, work: Work) -> Planned:
@@ -107,6 +117,7 @@ class Planner:
         image_s = sum(self._costs.image_s(_at_rung(part, rung)) for part in pictures if not part.encoded)
         prefill_s, end = self._prefill(work, rung)
         first_s, run_s, slow_s = image_s + prefill_s, self._run_s(work, end), self._run_s(work, end, slow=True)
+        token_s = self._costs.form_s(1, end) - self._costs.form_s(0, end) if work.kind == "form" else 0.0
         least = {"text": min(LEAST_TOKENS, work.max_tokens), "form": LEAST_RUNS, "labels": 0}[work.kind]
         least_s = image_s + prefill_s * self._costs.read_spread + least * slow_s
         answer, thinking = self._shared(work, self._fits(work, end, time_s - first_s, run_s, slow_s), usual)
@@ -122,7 +133,8 @@ class Planner:
         )
         plan = Plan(answer, reserved, thinking, sum(_at_rung(part, rung) for part in pictures), timings)
         reserved_s = max(least_s, first_s + (reserved + min(thinking, usual)) * run_s)
-        return Planned(plan, rung, first_s, run_s, least_s, reserved_s)
+        own_run_s = run_s - token_s * self._lengths.run_tokens
+        return Planned(plan, rung, False, first_s, own_run_s, token_s, least_s, reserved_s)
 
     def _fits(self, work: Work, position: int, time_s: float, run_s: float, slow_s: float) -> int:
         """Tokens that there is time and room for, the last one at a slow pace; one at least, and none with labels."""
@@ -162,6 +174,12 @@ def run_size(n_tokens: int, chunk_tokens: int) -> int:
     A short one at the end would take as long as several tokens of a longer one.
     """
     return -(-n_tokens // max(1, round(n_tokens / chunk_tokens)))
+
+
+def _with_hint(work: Work) -> Work:
+    last = work.parts[-1]
+    assert isinstance(last, int)  # what closes the turn is text
+    return replace(work, parts=(*work.parts[:-1], last + work.hint_tokens))
 
 
 def _sizes(work: Work, rung: int) -> list[int]:

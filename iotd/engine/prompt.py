@@ -5,6 +5,7 @@ Knows no queue, no deadline and no cost.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -12,8 +13,8 @@ from iotd.engine.backlog import Backlog, Shot
 from iotd.engine.context import Context
 from iotd.engine.entry import Image, Part, Tokens, count_tokens
 from iotd.engine.ledger import Ledger
-from iotd.engine.lines import Lines
-from iotd.engine.plan import Picture, Work
+from iotd.engine.lines import Lines, hint
+from iotd.engine.plan import Picture, Planned, Work
 from iotd.engine.sessions import Session, Sessions
 from iotd.errors import ContextOverflow, NotFound
 from iotd.events import RGB, Ask
@@ -23,16 +24,16 @@ from iotd.model.state import State
 
 MAX_EXACT = 16
 """Sensors whose exact figures stand before one question, at most."""
-WORDS_PER_TOKEN = 0.7
-"""Of English; other languages have fewer."""
-LEAST_WORDS, MOST_WORDS = 4, 200
-"""A number of words that a model is told lies between these."""
+WORDS_PER_TOKEN = 0.5
+"""English has some 0.7, lists of figures fewer; and models are poor at counting."""
+LEAST_WORDS = 2
+"""The fewest that a model is told to answer in."""
 
 See = Callable[[Shot | RGB, int], Any]
 """What stands for an image of at most so many tokens."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prompts:
     """Makes the prompts of one engine."""
 
@@ -57,7 +58,7 @@ class Prompts:
         """What answering takes, but for what is caught up with. Raises NotFound, ContextOverflow or InvalidInput."""
         parent = self.parent(ask)
         paths = self.model.label_paths(ask.labels.texts) if ask.labels is not None else []
-        parts = self._parts(ask, self._picture, thinking=ask.sampling.thinking, words=MOST_WORDS)
+        parts = self._parts(ask, self._picture, thinking=ask.sampling.thinking, words=0)
         counted = [part if isinstance(part, Picture) else len(part) for part in parts]
         least = sum(part.sizes[-1] if isinstance(part, Picture) else part for part in counted)
         available = parent.available - max([1, *map(len, paths)])
@@ -69,21 +70,27 @@ class Prompts:
             parts=_joined(counted),
             max_tokens=ask.sampling.max_tokens,
             thinking=ask.sampling.thinking,
+            hint_tokens=self._hint_tokens if ask.format is None and not paths else 0,
             beside=tuple(run_sizes(paths)),
             room=parent.available,
         )
 
-    def make(self, ask: Ask, *, rung: int, thinking: bool, answer_tokens: int, catch_up_tokens: int) -> list[Part]:
-        """The whole prompt. rung: sizes by which images are smaller than they could be.
+    @cached_property
+    def _hint_tokens(self) -> int:
+        return len(self.lines.plain(hint(99))) + 1 if self.tell_length else 0
 
-        answer_tokens: what there is time for, which the model may be told. catch_up_tokens: what a session may read of
-        the stream, at most. Raises NotFound or ContextOverflow.
+    def make(self, ask: Ask, planned: Planned, *, catch_up_tokens: int) -> list[Part]:
+        """The whole prompt. catch_up_tokens: what a session may read of the stream, at most.
+
+        Raises NotFound or ContextOverflow.
         """
-        words = int(answer_tokens * WORDS_PER_TOKEN) if answer_tokens < ask.sampling.max_tokens else 0
+        plan, rung = planned.plan, planned.rung
+        words = max(LEAST_WORDS, int(plan.answer_tokens * WORDS_PER_TOKEN)) if planned.hint else 0
 
         def image(seen: Shot | RGB, each: int) -> Image:
             return self._image(seen, each, rung)
 
+        thinking = plan.thinking_tokens > 0
         parts: list[Part] = self._parts(ask, image, thinking=thinking, words=words, catch_up_tokens=catch_up_tokens)
         needed, available = count_tokens(parts), self.parent(ask).available - 1
         if needed > available:
@@ -108,9 +115,7 @@ class Prompts:
             parts.extend(self.lines.camera(shot, see(shot, self.lines.frame_tokens(shot))))
         each = self.image_tokens // max(len(ask.images), 1)
         images = [see(rgb, each) for rgb in ask.images]
-        free = ask.format is None and ask.labels is None
-        told = words if self.tell_length and free and words >= LEAST_WORDS else 0
-        return parts + self.lines.question(ask.question, images, thinking=thinking, words=min(told, MOST_WORDS))
+        return parts + self.lines.question(ask.question, images, thinking=thinking, words=words)
 
     def _picture(self, seen: Shot | RGB, most: int) -> Picture:
         image = seen.image if isinstance(seen, Shot) else None

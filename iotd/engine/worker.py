@@ -83,7 +83,7 @@ class Worker:
     def _take(self) -> None:
         call = self._asks.take(self._kit.clock())
         if call is not None:
-            self._kit.costs.rest()
+            self._kit.costs.begin()
             self._running = call, self._put_back.pop(call, None) or Answer(call, self._kit)
 
     def _make_way(self) -> None:
