@@ -9,9 +9,9 @@ Knows no model: it sees how long units of which size took.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,10 @@ Features = tuple[float, ...]
 Samples = list[list[float]]
 """Of one kind: features, and behind them seconds."""
 
-RECENT = 9
-"""Units whose median is the speed: five of them at a new speed are enough to show it."""
+RECENT = 15
+"""Units that tell the speed."""
+OUTLIERS = 3
+"""Of these, at either end, that do not count: the others' mean is what many units come to, and no stall is in it."""
 SPREAD = 64
 """Units by which a slow one is told from a usual one."""
 SLOW = 0.95
@@ -199,11 +201,11 @@ class _Fit:
             return
         self._offs.append(took_s / max(self.predict(features), plain_s / 1e3))
         self._ratios.append(took_s / plain_s / self._corrections.get(_size(features), 1.0))
-        self._speed = median(self._ratios)
+        self._speed = _middle(self._ratios)
         same_size = self._by_size.setdefault(_size(features), deque(maxlen=RECENT))
         same_size.append(took_s / plain_s / self._speed)
         if len(same_size) == RECENT:
-            self._corrections[_size(features)] = median(same_size)
+            self._corrections[_size(features)] = _middle(same_size)
         if len(self._offs) >= RECENT:
             slow = sorted(self._offs)[int(SLOW * len(self._offs))]
             self.spread = min(max(slow, LEAST_SPREAD), MOST_SPREAD)
@@ -221,6 +223,11 @@ class _Fit:
 
     def _plain(self, features: Features) -> float:
         return sum(coefficient * feature for coefficient, feature in zip(self._shape, features, strict=False))
+
+
+def _middle(values: Collection[float]) -> float:
+    """Mean of those that are no outliers; of few, the median."""
+    return fmean(sorted(values)[OUTLIERS:-OUTLIERS]) if len(values) > 2 * OUTLIERS else median(values)
 
 
 def _size(features: Features) -> int:

@@ -5,7 +5,7 @@ from typing import Literal
 
 SEEN = 32
 """Answers of a kind that are looked at, the last ones."""
-USUAL = 0.75
+USUAL = 0.9
 """Of them are no longer than what is usual."""
 MEMORY = 0.2
 """Of the newest answer, in the tokens of a run."""

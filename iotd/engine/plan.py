@@ -17,6 +17,8 @@ LEAST_RUNS = 2
 """The same for an answer of a given form: a run may bring many tokens, and it can be closed behind the first."""
 LEAST_THOUGHT = 8
 """Tokens; with less time the model does not think."""
+CAUTION = 1.1
+"""What is kept for an ask that waits is so much more than what its work usually takes."""
 ANSWER_SHARE = 1 / 3
 """Of the tokens that there is time for, what is kept for the answer behind the thoughts; never less than is usual."""
 
@@ -132,7 +134,7 @@ class Planner:
             total_s=queue_s + first_s + decode_s,
         )
         plan = Plan(answer, reserved, thinking, sum(_at_rung(part, rung) for part in pictures), timings)
-        reserved_s = max(least_s, first_s + (reserved + min(thinking, usual)) * run_s)
+        reserved_s = max(least_s, (first_s + (reserved + min(thinking, usual)) * run_s) * CAUTION)
         own_run_s = run_s - token_s * self._lengths.run_tokens
         return Planned(plan, rung, False, first_s, own_run_s, token_s, least_s, reserved_s)
 
