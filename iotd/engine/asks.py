@@ -57,7 +57,8 @@ class Asks:
         self.recent: deque[Answered] = deque(maxlen=SHOWN)
         """The asks that ended last."""
         self._errors: deque[float] = deque(maxlen=JUDGED)
-        self._latest_end_s = math.inf
+        self.latest_start_s = math.inf
+        """When the model must be free for those that wait, so that none of them is late."""
 
     @property
     def accepting(self) -> bool:
@@ -115,7 +116,7 @@ class Asks:
                 raise Overloaded(f"{len(self._waiting)} asks are waiting already", retry_after_s=free_s)
             call.planned, n_ahead = self._planned(call, now_s)
             self._waiting.append(call)
-            self._latest_end_s = self._latest_end()
+            self.latest_start_s = self._latest_start()
             self._counters.add("asks")
             return n_ahead
 
@@ -177,22 +178,16 @@ class Asks:
         left = max(LEAST_TOKENS, planned.plan.reserved_tokens + planned.plan.thinking_tokens - said)
         return self._planner.again_s(call.work, planned.rung, said) + left * (planned.run_s + planned.token_s)
 
-    def _latest_end(self) -> float:
-        """When the model must be free, so that none that waits is late."""
+    def _latest_start(self) -> float:
         latest_s, before_s = math.inf, 0.0
         for call in sorted(self._waiting, key=_deadline):
             latest_s = min(latest_s, call.ask.deadline_s - before_s - self._reserved_s(call))
             before_s += self._turn_s(call)
         return latest_s
 
-    @property
-    def latest_start_s(self) -> float:
-        """When the model must be free for those that wait, so that none of them is late."""
-        return self._latest_end_s
-
     def ends_s(self, call: Call) -> float:
         """When the running call must have ended: at its deadline, or before others begin unless it can go on later."""
-        latest_s = self._latest_end_s
+        latest_s = self.latest_start_s
         if latest_s >= call.ask.deadline_s or self._can_go_on(call):
             return call.ask.deadline_s
         return latest_s
@@ -204,7 +199,7 @@ class Asks:
         with self._changed:
             if any(other.preempts and other.ask.deadline_s < call.ask.deadline_s for other in self._waiting):
                 return True
-        return now_s + unit_s > self._latest_end_s and self._can_go_on(call)
+        return now_s + unit_s > self.latest_start_s and self._can_go_on(call)
 
     def _can_go_on(self, call: Call) -> bool:
         """There is time for it behind those that must go before."""
@@ -212,7 +207,7 @@ class Asks:
             return False
         with self._changed:
             before = [self._turn_s(other) for other in self._waiting if other.ask.deadline_s < call.ask.deadline_s]
-            after_s = self._latest_end_s + sum(before) + self._reserved_s(call)
+            after_s = self.latest_start_s + sum(before) + self._reserved_s(call)
         return bool(before) and after_s <= call.ask.deadline_s
 
     def put_back(self, call: Call, now_s: float) -> None:
@@ -223,7 +218,7 @@ class Asks:
             call.put_back_at_s = now_s
             self._running = None
             self._waiting.append(call)
-            self._latest_end_s = self._latest_end()
+            self.latest_start_s = self._latest_start()
             self._counters.add("asks_put_back")
 
     def take(self, now_s: float) -> Call | None:
@@ -234,7 +229,7 @@ class Asks:
                 return None
             call = min(self._waiting, key=_deadline)
             self._waiting.remove(call)
-            self._latest_end_s = self._latest_end()
+            self.latest_start_s = self._latest_start()
             self._running = call
             call.preempts = False
             if call.meter.started_s is None:
@@ -275,7 +270,7 @@ class Asks:
             over = [call for call in self._waiting if call.cancelled or call.expired(now_s)]
             if over:
                 self._waiting = [call for call in self._waiting if call not in over]
-                self._latest_end_s = self._latest_end()
+                self.latest_start_s = self._latest_start()
             running = self._running
             self._changed.notify_all()
         for call in over:

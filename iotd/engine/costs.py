@@ -24,6 +24,8 @@ RECENT = 15
 """Units that tell the speed."""
 OUTLIERS = 3
 """Of these, at either end, that do not count: the others' mean is what many units come to, and no stall is in it."""
+OF_A_SIZE = 4 * RECENT
+"""Units that tell how far those of about one size are off the shape: more than a change of the speed passes through."""
 SPREAD = 64
 """Units by which a slow one is told from a usual one."""
 SLOW = 0.95
@@ -202,10 +204,10 @@ class _Fit:
         self._offs.append(took_s / max(self.predict(features), plain_s / 1e3))
         self._ratios.append(took_s / plain_s / self._corrections.get(_size(features), 1.0))
         self._speed = _middle(self._ratios)
-        same_size = self._by_size.setdefault(_size(features), deque(maxlen=RECENT))
+        same_size = self._by_size.setdefault(_size(features), deque(maxlen=OF_A_SIZE))
         same_size.append(took_s / plain_s / self._speed)
-        if len(same_size) == RECENT:
-            self._corrections[_size(features)] = _middle(same_size)
+        if len(same_size) >= RECENT:
+            self._corrections[_size(features)] = median(same_size)
         if len(self._offs) >= RECENT:
             slow = sorted(self._offs)[int(SLOW * len(self._offs))]
             self.spread = min(max(slow, LEAST_SPREAD), MOST_SPREAD)
