@@ -113,7 +113,7 @@ def test_an_urgent_ask_goes_before_a_long_answer_that_then_goes_on() -> None:
     assert isinstance(long.end, Done)
     assert long.end.finish_reason is FinishReason.LENGTH
     assert long.end.timings.queue_s == pytest.approx(urgent.end.timings.total_s, abs=0.1)
-    assert engine.status().counters["asks_put_back"] == 1
+    assert engine.status().counters["asks_preempted"] == 1
 
 
 def test_a_long_answer_is_cut_short_for_others_only_where_it_cannot_go_on_later() -> None:

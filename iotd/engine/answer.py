@@ -104,7 +104,7 @@ class Answer:
         """What the next unit takes, where it is one of decoding."""
         return 0.0 if self._generation is None else self._run_s(slow=True)
 
-    def make_way(self) -> None:
+    def preempt(self) -> None:
         """Another answer will use the fork: begin again at the next unit, and go on behind what was said."""
         self._units.close()
         if self._generation is None:

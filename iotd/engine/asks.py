@@ -15,6 +15,7 @@ from iotd.counters import Counters
 from iotd.engine.call import Call
 from iotd.engine.costs import Costs
 from iotd.engine.plan import LEAST_TOKENS, Planned, Planner
+from iotd.engine.schedule import Gap, Slot, gap, latest_start
 from iotd.errors import DeadlineExceeded, Overloaded, Unavailable
 from iotd.events import Answered, Done, Failed, FinishReason, Timings
 
@@ -122,29 +123,24 @@ class Asks:
 
     def _planned(self, call: Call, now_s: float) -> tuple[Planned, int]:
         """A plan between those that wait, and how many asks go before. Raises Overloaded."""
-        planned, n_ahead, end_s = self._between(call, self._waiting, self._free_s(now_s))
-        if planned is not None:
-            return planned, n_ahead + (self._running is not None)
+        found = self._gap(call, self._waiting, self._free_s(now_s))
+        if (planned := self._fit(call, found)) is not None:
+            return planned, found.n_ahead + (self._running is not None)
         running = self._running
-        if running is not None and running.yields and running.ask.deadline_s > call.ask.deadline_s:
+        if running is not None and running.preemptible and running.ask.deadline_s > call.ask.deadline_s:
             unit_end_s = max(now_s, self._costs.busy_until_s) + self.debt_s
-            planned, n_ahead, _ = self._between(call, [*self._waiting, running], unit_end_s)
-            if planned is not None:
+            sooner = self._gap(call, [*self._waiting, running], unit_end_s)
+            if (planned := self._fit(call, sooner)) is not None:
                 call.preempts = True
-                return planned, n_ahead
+                return planned, sooner.n_ahead
         self._counters.add("asks_refused")
-        raise self._refused(call, end_s)
+        raise self._refused(call, found.all_s)
 
-    def _between(self, call: Call, others: list[Call], start_s: float) -> tuple[Planned | None, int, float]:
-        """A plan between others, how many of them go before, and when all of them have had their turns."""
-        in_order = sorted(others, key=_deadline)
-        n_ahead = sum(other.ask.deadline_s <= call.ask.deadline_s for other in in_order)
-        begin_s = start_s + sum(map(self._turn_s, in_order[:n_ahead]))
-        ends_s, end_s = call.ask.deadline_s, begin_s
-        for other in in_order[n_ahead:]:
-            ends_s = min(ends_s, other.ask.deadline_s - (end_s - begin_s) - self._reserved_s(other))
-            end_s += self._turn_s(other)
-        return self._planner.fit(call.work, ends_s - begin_s, begin_s - call.ask.arrived_s), n_ahead, end_s
+    def _gap(self, call: Call, others: list[Call], free_s: float) -> Gap:
+        return gap(self._slots(others), call.ask.deadline_s, free_s, self.reading_share)
+
+    def _fit(self, call: Call, found: Gap) -> Planned | None:
+        return self._planner.fit(call.work, found.end_s - found.begin_s, found.begin_s - call.ask.arrived_s)
 
     def _refused(self, call: Call, start_s: float) -> Overloaded:
         """start_s: when it would begin, behind all that wait."""
@@ -165,9 +161,8 @@ class Asks:
             busy_until_s = max(busy_until_s, self._running.reserved_end_s)
         return max(now_s, busy_until_s) + self.debt_s
 
-    def _turn_s(self, call: Call) -> float:
-        """What a waiting ask takes of the others' time, with the reading behind it."""
-        return self._reserved_s(call) * (1 + self.reading_share)
+    def _slots(self, calls: list[Call]) -> list[Slot]:
+        return [Slot(call.ask.deadline_s, self._reserved_s(call)) for call in calls]
 
     def _reserved_s(self, call: Call) -> float:
         """What is kept for an ask: for the running one, should it make way, to read again and go on."""
@@ -179,11 +174,7 @@ class Asks:
         return self._planner.again_s(call.work, planned.rung, said) + left * (planned.run_s + planned.token_s)
 
     def _latest_start(self) -> float:
-        latest_s, before_s = math.inf, 0.0
-        for call in sorted(self._waiting, key=_deadline):
-            latest_s = min(latest_s, call.ask.deadline_s - before_s - self._reserved_s(call))
-            before_s += self._turn_s(call)
-        return latest_s
+        return latest_start(self._slots(self._waiting), self.reading_share)
 
     def ends_s(self, call: Call) -> float:
         """When the running call must have ended: at its deadline, or before others begin unless it can go on later."""
@@ -192,9 +183,9 @@ class Asks:
             return call.ask.deadline_s
         return latest_s
 
-    def must_make_way(self, call: Call, unit_s: float, now_s: float) -> bool:
-        """The running call is to be put back, as another needs its next unit's time and it can go on later."""
-        if not self._waiting or not call.yields:
+    def must_be_preempted(self, call: Call, unit_s: float, now_s: float) -> bool:
+        """Another needs the time of the running call's next unit, and the call can go on later."""
+        if not self._waiting or not call.preemptible:
             return False
         with self._changed:
             if any(other.preempts and other.ask.deadline_s < call.ask.deadline_s for other in self._waiting):
@@ -202,24 +193,23 @@ class Asks:
         return now_s + unit_s > self.latest_start_s and self._can_go_on(call)
 
     def _can_go_on(self, call: Call) -> bool:
-        """There is time for it behind those that must go before."""
-        if not call.yields:
+        """There is time for it behind those whose deadlines are sooner."""
+        if not call.preemptible:
             return False
         with self._changed:
-            before = [self._turn_s(other) for other in self._waiting if other.ask.deadline_s < call.ask.deadline_s]
-            after_s = self.latest_start_s + sum(before) + self._reserved_s(call)
-        return bool(before) and after_s <= call.ask.deadline_s
+            later = self._gap(call, self._waiting, self.latest_start_s)
+            return later.n_ahead > 0 and later.begin_s + self._reserved_s(call) <= call.ask.deadline_s
 
-    def put_back(self, call: Call, now_s: float) -> None:
-        """The running call makes way and waits again."""
+    def preempt(self, call: Call, now_s: float) -> None:
+        """The running call waits again."""
         with self._changed:
             assert call.planned is not None
             call.planned = replace(call.planned, reserved_s=self._reserved_s(call))
-            call.put_back_at_s = now_s
+            call.preempted_at_s = now_s
             self._running = None
             self._waiting.append(call)
             self.latest_start_s = self._latest_start()
-            self._counters.add("asks_put_back")
+            self._counters.add("asks_preempted")
 
     def take(self, now_s: float) -> Call | None:
         """The waiting call with the earliest deadline, the first come of equals; it runs until it is released."""
@@ -235,7 +225,7 @@ class Asks:
             if call.meter.started_s is None:
                 call.meter.started_s = now_s
             else:
-                call.meter.put_back_s += now_s - call.put_back_at_s
+                call.meter.preempted_s += now_s - call.preempted_at_s
             assert call.planned is not None
             call.reserved_end_s = now_s + call.planned.reserved_s
             return call

@@ -36,7 +36,7 @@ class Meter:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     first_token_s: float = 0.0
-    put_back_s: float = 0.0
+    preempted_s: float = 0.0
     """Waiting for the model once more, after it had begun."""
     unit: Unit | None = None
     """The one that runs, or ran last."""
@@ -53,8 +53,8 @@ class Meter:
 class Call:
     """An ask with its sink."""
 
-    def __init__(self, ask: Ask, work: Work, sink: Sink, request_id: str, *, yields: bool = False) -> None:
-        """yields: it can make way for another while it runs, and go on later."""
+    def __init__(self, ask: Ask, work: Work, sink: Sink, request_id: str, *, preemptible: bool = False) -> None:
+        """preemptible: it can make way for another while it runs, and go on later."""
         self.ask = ask
         self.work = work
         self.request_id = request_id
@@ -62,8 +62,8 @@ class Call:
         """As it was accepted; once it runs, as it was planned again."""
         self.reserved_end_s = 0.0
         """While it runs: when it will have said what is kept for it."""
-        self.yields = yields
-        self.put_back_at_s = 0.0
+        self.preemptible = preemptible
+        self.preempted_at_s = 0.0
         """When it last made way."""
         self.preempts = False
         """It was admitted because the running one can make way."""
@@ -148,7 +148,7 @@ class Call:
 
         0 before that, and where it had to make way for another.
         """
-        if self.planned is None or self.meter.started_s is None or self.meter.put_back_s:
+        if self.planned is None or self.meter.started_s is None or self.meter.preempted_s:
             return 0.0
         queue_s = self.meter.started_s - self.ask.arrived_s
         meter, planned = self.meter, self.planned
@@ -158,7 +158,7 @@ class Call:
         m, arrived_s = self.meter, self.ask.arrived_s
         started_s = now_s if m.started_s is None else m.started_s
         return Timings(
-            queue_s=started_s - arrived_s + m.put_back_s,
+            queue_s=started_s - arrived_s + m.preempted_s,
             image_s=m.image_s,
             prefill_s=m.prefill_s,
             decode_s=m.decode_s,

@@ -49,7 +49,7 @@ COUNTS = (
     "asks",
     "asks_stop",
     "asks_length",
-    "asks_put_back",
+    "asks_preempted",
     "asks_budget",
     "asks_cancelled",
     "asks_expired",
@@ -268,8 +268,8 @@ class Engine:
         """
         self._check(ask)
         # A session's rows are its own, and drafts and labels have a state beside: these stay until they have ended.
-        yields = ask.session is None and ask.labels is None and not self._drafting
-        call = Call(ask, self._prompts.work(ask), sink, secrets.token_hex(8), yields=yields)
+        preemptible = ask.session is None and ask.labels is None and not self._drafting
+        call = Call(ask, self._prompts.work(ask), sink, secrets.token_hex(8), preemptible=preemptible)
         position = self._asks.admit(call, self._clock())
         assert call.planned is not None
         accepted = Accepted(call.request_id, position, call.planned.plan)

@@ -11,8 +11,8 @@ from iotd.engine.costs import Costs
 from iotd.engine.lengths import Lengths
 from iotd.events import Plan, Timings
 
-LEAST_TOKENS = 4
-"""An answer of fewer is not worth giving."""
+LEAST_TOKENS = 2
+"""What there must be time for: a yes or a no. It does for a few words more where nothing is slow."""
 LEAST_RUNS = 2
 """The same for an answer of a given form: a run may bring many tokens, and it can be closed behind the first."""
 LEAST_THOUGHT = 8
@@ -121,7 +121,7 @@ class Planner:
         first_s, run_s, slow_s = image_s + prefill_s, self._run_s(work, end), self._run_s(work, end, slow=True)
         token_s = self._costs.form_s(1, end) - self._costs.form_s(0, end) if work.kind == "form" else 0.0
         least = {"text": min(LEAST_TOKENS, work.max_tokens), "form": LEAST_RUNS, "labels": 0}[work.kind]
-        least_s = image_s + prefill_s * self._costs.read_spread + least * slow_s
+        least_s = image_s + prefill_s * (1 + self._costs.read_spread) / 2 + least * slow_s
         answer, thinking = self._shared(work, self._fits(work, end, time_s - first_s, run_s, slow_s), usual)
         reserved = min(answer, max(usual, least))
         decode_s = max(0, answer + thinking - 1) * run_s

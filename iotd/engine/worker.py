@@ -36,7 +36,7 @@ class Worker:
         self._saver = saver
         self._kit = kit
         self._running: tuple[Call, Answer] | None = None
-        self._put_back: dict[Call, Answer] = {}
+        self._preempted: dict[Call, Answer] = {}
         """Answers that have made way for others."""
         self._owed_s = 0.0
         """What asks owe reading; below zero after a unit that took longer."""
@@ -47,7 +47,7 @@ class Worker:
         """Run one unit of work. False where there was nothing to do."""
         self._asks.settle(self._kit.clock())
         self._announce_reading()
-        self._make_way()
+        self._preempt()
         if self._running is None and not self._reading_is_due():
             self._take()
         if self._running is not None:
@@ -84,19 +84,19 @@ class Worker:
         call = self._asks.take(self._kit.clock())
         if call is not None:
             self._kit.costs.begin()
-            self._running = call, self._put_back.pop(call, None) or Answer(call, self._kit)
+            self._running = call, self._preempted.pop(call, None) or Answer(call, self._kit)
 
-    def _make_way(self) -> None:
+    def _preempt(self) -> None:
         """Put the running answer back where another needs the model, and drop those that ended meanwhile."""
         if self._running is not None:
             call, answer = self._running
-            if self._asks.must_make_way(call, answer.unit_s, self._kit.clock()):
-                answer.make_way()
-                self._asks.put_back(call, self._kit.clock())
-                self._put_back[call] = answer
+            if self._asks.must_be_preempted(call, answer.unit_s, self._kit.clock()):
+                answer.preempt()
+                self._asks.preempt(call, self._kit.clock())
+                self._preempted[call] = answer
                 self._running = None
-        for call in [call for call in self._put_back if call.ended]:
-            self._put_back.pop(call).close(well=False)
+        for call in [call for call in self._preempted if call.ended]:
+            self._preempted.pop(call).close(well=False)
             self._asks.release(call)
 
     def _answer(self, call: Call, answer: Answer) -> None:
