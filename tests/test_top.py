@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from scripted_engine import STATUS
 
-from iotd.events import Answered, Timings, Usage
+from iotd.events import Answered, CostStatus, Timings, Usage
 from iotd.ops.top import lines
 
 NOW_S = 1_700_000_110.5
@@ -35,6 +35,14 @@ def test_it_tells_what_was_skipped_and_how_asks_ended() -> None:
     found = shown(counters={"coalesced_readings": 4, "asks_stop": 2, "asks_rejected": 1})
     assert "skipped 4 newer came" in found["backlog"]
     assert "1 rejected, 2 stop" in found["asks"]
+
+
+def test_what_plans_are_made_with_is_told_and_how_far_they_were_off() -> None:
+    costs = CostStatus(prefill_token_s=0.0102, decode_token_s=0.034, predictions=9, median_error=0.041, high_error=0.13)
+    assert shown(costs=costs)["plans"].endswith(
+        "a token 10.2 ms to read, 34.0 ms to write; off by 4%, 13% at most of 95 %"
+    )
+    assert shown(costs=CostStatus())["plans"].endswith("none yet")
 
 
 def test_the_last_answers_are_there_failed_ones_too() -> None:

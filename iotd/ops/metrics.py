@@ -30,6 +30,7 @@ _COUNTERS = {
     "prompt_tokens": "Tokens of questions read, images included.",
     "generation_tokens": "Tokens generated.",
     "images_encoded": "Images encoded.",
+    "asks_preempted": "Times that an answer made way for an urgent one.",
     "sessions_opened": "Conversations kept.",
     "sessions_dropped": "Conversations that made way for newer ones.",
 }

@@ -5,7 +5,7 @@ Knows no terminal: it turns two moments of a daemon's status into lines of text.
 
 from datetime import datetime
 
-from iotd.events import Answered, ServerStatus
+from iotd.events import Answered, CostStatus, ServerStatus
 
 _BAR = 30
 _SPEEDS = {"context_tokens_read": "read", "prompt_tokens": "prefill", "generation_tokens": "decode"}
@@ -29,6 +29,7 @@ def lines(now: ServerStatus, before: ServerStatus | None, time_s: float) -> list
         f"backlog  {engine.backlog} waiting; skipped {_skipped(engine.counters)}",
         f"asks     {engine.queue_depth} open, {engine.sessions} sessions kept; {_ends(engine.counters)}",
         f"speed    {_speeds(now, before)}",
+        f"plans    {_plans(engine.costs)}",
         f"broker   {_broker(now)}",
         "answers  " + ("none yet" if not engine.recent else "the last ones, newest first"),
         *(f"  {_answer(answer)}" for answer in reversed(engine.recent)),
@@ -81,7 +82,17 @@ def _answer(answer: Answered) -> str:
         return f"{answer.outcome:<10} of {answer.budget_s:.2f} s"
     first = f", first token after {times.first_token_s:.2f} s" if times.first_token_s else ""
     tokens = f"{answer.usage.generation_tokens} tokens"
-    return f"{answer.outcome:<10} {tokens:>11} in {times.total_s:.2f} s of {answer.budget_s:.2f} s{first}"
+    predicted = f", predicted {answer.predicted_s:.2f} s" if answer.predicted_s else ""
+    return f"{answer.outcome:<10} {tokens:>11} in {times.total_s:.2f} s of {answer.budget_s:.2f} s{predicted}{first}"
+
+
+def _plans(costs: CostStatus) -> str:
+    if not costs.decode_token_s:
+        return "none yet"
+    token = f"a token {1e3 * costs.prefill_token_s:.1f} ms to read, {1e3 * costs.decode_token_s:.1f} ms to write"
+    if not costs.predictions:
+        return token
+    return f"{token}; off by {costs.median_error:.0%}, {costs.high_error:.0%} at most of 95 %"
 
 
 def _clock(time_s: float) -> str:
