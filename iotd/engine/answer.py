@@ -84,8 +84,8 @@ class Answer:
             if reason is FinishReason.BUDGET:
                 self._say(self._generation.close())
                 self._call.meter.generation_tokens = self._generation.n_tokens
-            else:
-                self._learn_length(self._generation.n_tokens)
+            elif reason is not FinishReason.CANCELLED:
+                self._learn_length(self._generation)
             self._say(self._generation.flush())
             ending = "" if self._sentences.holding else self._generation.ending
             cut_off = self._free_text and reason is FinishReason.BUDGET
@@ -93,11 +93,13 @@ class Answer:
             self._name_session(reason)
         return reason
 
-    def _learn_length(self, n_tokens: int) -> None:
+    def _learn_length(self, generation: Generation) -> None:
         meter, lengths = self._call.meter, self._kit.lengths
-        lengths.learn(self._call.work.kind, n_tokens if self._free_text else meter.runs)
-        if meter.runs and not self._free_text:
-            lengths.learn_run(meter.run_tokens / meter.runs)
+        if self._free_text:
+            lengths.learn("text", generation.n_tokens - generation.n_thinking_tokens)
+        else:
+            lengths.learn("form", meter.runs)
+            lengths.learn_run(meter.run_tokens / max(1, meter.runs))
 
     @property
     def unit_s(self) -> float:

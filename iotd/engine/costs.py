@@ -24,8 +24,8 @@ RECENT = 15
 """Units that tell the speed."""
 OUTLIERS = 3
 """Of these, at either end, that do not count: the others' mean is what many units come to, and no stall is in it."""
-OF_A_SIZE = 4 * RECENT
-"""Units that tell how far those of about one size are off the shape: more than a change of the speed passes through."""
+MANY = 4 * RECENT
+"""Units that tell how far those of about one size are off the others: more than a change of speed passes through."""
 SPREAD = 64
 """Units by which a slow one is told from a usual one."""
 SLOW = 0.95
@@ -181,7 +181,8 @@ class _Fit:
         self._speed = 1.0
         self._first: Samples = []
         """What the shape comes from."""
-        self._ratios: deque[float] = deque(maxlen=RECENT)
+        self._ratios: deque[tuple[int, float]] = deque(maxlen=MANY)
+        """Of the last units' sizes and times to what the shape alone says."""
         self._offs: deque[float] = deque(maxlen=SPREAD)
         self._by_size: dict[int, deque[float]] = {}
         self._corrections: dict[int, float] = {}
@@ -202,12 +203,15 @@ class _Fit:
         if plain_s <= 0 or took_s <= 0:
             return
         self._offs.append(took_s / max(self.predict(features), plain_s / 1e3))
-        self._ratios.append(took_s / plain_s / self._corrections.get(_size(features), 1.0))
-        self._speed = _middle(self._ratios)
-        same_size = self._by_size.setdefault(_size(features), deque(maxlen=OF_A_SIZE))
-        same_size.append(took_s / plain_s / self._speed)
+        size, ratio = _size(features), took_s / plain_s
+        self._ratios.append((size, ratio))
+        # Against ratios that no correction is in: otherwise speed and corrections would drift apart.
+        same_size = self._by_size.setdefault(size, deque(maxlen=MANY))
+        same_size.append(ratio / median(each for _, each in self._ratios))
         if len(same_size) >= RECENT:
-            self._corrections[_size(features)] = median(same_size)
+            self._corrections[size] = median(same_size)
+        recent = list(self._ratios)[-RECENT:]
+        self._speed = _middle([ratio / self._corrections.get(size, 1.0) for size, ratio in recent])
         if len(self._offs) >= RECENT:
             slow = sorted(self._offs)[int(SLOW * len(self._offs))]
             self.spread = min(max(slow, LEAST_SPREAD), MOST_SPREAD)
