@@ -556,6 +556,7 @@ def _costs(costs: iotd_pb2.CostStatus) -> CostStatus:
         predictions=costs.predictions,
         median_error=costs.median_error,
         high_error=costs.high_error,
+        slow_refusal_s=_seconds(costs.slow_refusal),
     )
 
 

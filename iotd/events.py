@@ -290,6 +290,8 @@ class CostStatus:
     """How far the predicted time of a whole answer was off what it took, as a part of that."""
     high_error: float = 0.0
     """The same: 95 of 100 were off by less."""
+    slow_refusal_s: float = 0.0
+    """From an ask's arrival to its refusal for want of time: 99 of the last 100 took less. 0 where none was refused."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ def table(score: LoadScore) -> Iterator[str]:
 def _lines(score: LoadScore) -> Iterator[tuple[str, str]]:
     yield "accepted", f"{score.accepted}, after {_times(score.accepted_s)}"
     yield "refused", f"{score.refused.n} ({_part(score.refused)}), after {_times(score.refused_s)}"
+    yield "  as the daemon says", f"99 of the last 100 within {_time(score.costs.slow_refusal_s)} of their arrival"
     yield "  wrongly", _counted(score.refused_wrongly)
     if score.errors:
         yield "failed", ", ".join(f"{code} {n}" for code, n in score.errors.items())

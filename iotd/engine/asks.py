@@ -100,8 +100,8 @@ class Asks:
 
     @property
     def errors(self) -> list[float]:
-        """How far predictions were off of late, as parts of what the answers took, ascending."""
-        return sorted(self._errors)
+        """How far predictions were off of late, as parts of what the answers took."""
+        return list(self._errors)
 
     def admit(self, call: Call, now_s: float) -> int:
         """Queue a call with a plan. Returns how many asks are in front of it, the running one included.

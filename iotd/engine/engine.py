@@ -7,7 +7,8 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 
 import msgspec
@@ -31,7 +32,7 @@ from iotd.engine.saver import Saver, Write
 from iotd.engine.sessions import Sessions
 from iotd.engine.snapshot import Snapshot
 from iotd.engine.worker import Worker
-from iotd.errors import InvalidInput, NotFound, SnapshotError
+from iotd.errors import InvalidInput, NotFound, Overloaded, SnapshotError
 from iotd.events import MAX_CAMERAS, Accepted, Answered, Ask, CostStatus, EngineStatus, Frame, Observation, Reading
 from iotd.model import Model
 
@@ -162,6 +163,7 @@ class Engine:
         self._work = threading.Event()
         self._saver = Saver(self._context, self._counters, self._work.set)
         self._worker = Worker(self._asks, reader, self._saver, kit)
+        self._refusals_s: deque[float] = deque(maxlen=100)
         self._restored = False
         self._alarm = threading.Event()
         self._opened = threading.Event()
@@ -270,7 +272,12 @@ class Engine:
         # A session's rows are its own, and drafts and labels have a state beside: these stay until they have ended.
         preemptible = ask.session is None and ask.labels is None and not self._drafting
         call = Call(ask, self._prompts.work(ask), sink, secrets.token_hex(8), preemptible=preemptible)
-        position = self._asks.admit(call, self._clock())
+        try:
+            position = self._asks.admit(call, self._clock())
+        except Overloaded as error:
+            if error.needed_s is not None:
+                self._refusals_s.append(self._clock() - ask.arrived_s)
+            raise
         assert call.planned is not None
         accepted = Accepted(call.request_id, position, call.planned.plan)
         self._alarm.set()
@@ -318,8 +325,9 @@ class Engine:
             slow_decode_token_s=costs.step_s(position, slow=True),
             image_token_s=costs.image_s(64) / 64 if costs.image_seen else 0.0,
             predictions=len(errors),
-            median_error=errors[len(errors) // 2] if errors else 0.0,
-            high_error=errors[int(0.95 * len(errors))] if errors else 0.0,
+            median_error=_part(errors, 0.5),
+            high_error=_part(errors, 0.95),
+            slow_refusal_s=_part(self._refusals_s, 0.99),
         )
 
     def _check(self, ask: Ask) -> None:
@@ -378,3 +386,8 @@ class Engine:
             self._alarm.clear()
             self._asks.settle(self._clock())
         self._asks.close()
+
+
+def _part(values: Collection[float], part: float) -> float:
+    """So large a part of them is no larger; 0 where there are none."""
+    return sorted(values)[int(part * (len(values) - 1))] if values else 0.0

@@ -62,6 +62,7 @@ def _costs(costs: CostStatus) -> iotd_pb2.CostStatus:
         predictions=costs.predictions,
         median_error=costs.median_error,
         high_error=costs.high_error,
+        slow_refusal=duration(costs.slow_refusal_s) if costs.slow_refusal_s else None,
     )
 
 

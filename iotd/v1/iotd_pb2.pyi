@@ -286,7 +286,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., context: _Optional[_Union[ContextStatus, _Mapping]] = ..., queue_depth: _Optional[int] = ..., backlog: _Optional[int] = ..., state_bytes: _Optional[int] = ..., resident_memory_bytes: _Optional[int] = ..., mqtt: _Optional[_Union[MqttStatus, _Mapping]] = ..., counters: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[int] = ..., recent_answers: _Optional[_Iterable[_Union[AnswerSummary, _Mapping]]] = ..., soc_temperature_celsius: _Optional[float] = ..., forks_in_use: _Optional[int] = ..., readings_by_sensor: _Optional[_Mapping[str, int]] = ..., cameras: _Optional[_Iterable[_Union[CameraStatus, _Mapping]]] = ..., costs: _Optional[_Union[CostStatus, _Mapping]] = ...) -> None: ...
 
 class CostStatus(_message.Message):
-    __slots__ = ("fork", "prefill_run", "prefill_token", "decode_token", "slow_decode_token", "image_token", "predictions", "median_error", "high_error")
+    __slots__ = ("fork", "prefill_run", "prefill_token", "decode_token", "slow_decode_token", "image_token", "predictions", "median_error", "high_error", "slow_refusal")
     FORK_FIELD_NUMBER: _ClassVar[int]
     PREFILL_RUN_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -296,6 +296,7 @@ class CostStatus(_message.Message):
     PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
     MEDIAN_ERROR_FIELD_NUMBER: _ClassVar[int]
     HIGH_ERROR_FIELD_NUMBER: _ClassVar[int]
+    SLOW_REFUSAL_FIELD_NUMBER: _ClassVar[int]
     fork: _duration_pb2.Duration
     prefill_run: _duration_pb2.Duration
     prefill_token: _duration_pb2.Duration
@@ -305,7 +306,8 @@ class CostStatus(_message.Message):
     predictions: int
     median_error: float
     high_error: float
-    def __init__(self, fork: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prefill_run: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prefill_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., slow_decode_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., image_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., predictions: _Optional[int] = ..., median_error: _Optional[float] = ..., high_error: _Optional[float] = ...) -> None: ...
+    slow_refusal: _duration_pb2.Duration
+    def __init__(self, fork: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prefill_run: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prefill_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., slow_decode_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., image_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., predictions: _Optional[int] = ..., median_error: _Optional[float] = ..., high_error: _Optional[float] = ..., slow_refusal: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class CameraStatus(_message.Message):
     __slots__ = ("camera", "newest_frame_time", "frames", "replaced_frames", "refused_frames")
