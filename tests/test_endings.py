@@ -142,17 +142,18 @@ def test_what_was_concluded_can_be_gone_on_with(model: Model) -> None:
     assert model.tokenizer.decode([*script.read, *generation.unread]) == said == "It is…"
 
 
-def test_a_concluded_form_is_left_to_its_closing(model: Model) -> None:
+def test_a_concluded_form_is_closed_once(model: Model) -> None:
     sampling = Sampling(seed=0)
     state = model.new_state(100)
     constraint = model.constraint(Format("regex", ("(ab)*c",)), 20)
     generation = model.generation(state, model.prefill(state, [1, 2]), sampling, constraint=constraint)
     said = generation.step().answer
     if not generation.done:
-        assert generation.conclude() == ("", "")
+        said += generation.conclude().answer
         assert generation.finish_reason is FinishReason.BUDGET
-        said += generation.close().answer
+        assert generation.close() == ("", "")
     assert said.endswith("c")
+    assert generation.ending == ""
 
 
 def test_sentences_know_whether_all_that_was_said_is_whole() -> None:

@@ -58,7 +58,7 @@ def test_each_thread_but_the_callers_has_a_core(
     assert "session.intra_op_thread_affinities" not in Threads(count).entries
 
 
-def test_the_daemon_takes_them_from_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_daemon_takes_them_from_its_configuration(monkeypatch: pytest.MonkeyPatch, tiny_package: Path) -> None:
     class Opened(Exception):
         pass
 
@@ -67,5 +67,5 @@ def test_the_daemon_takes_them_from_its_configuration(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Model, "open", opened)
     with pytest.raises(Opened) as found:
-        open_engine(Config(model=ModelConfig(threads=3, spinning=False, affinity=True)))
+        open_engine(Config(model=ModelConfig(path=str(tiny_package), threads=3, spinning=False, affinity=True)))
     assert found.value.args == (3, False, True)

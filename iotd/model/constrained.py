@@ -49,16 +49,17 @@ class ConstrainedGeneration(Generation):
         return self._told()
 
     def conclude(self) -> Said:
-        """Be done: there is nothing to wait for, as it can be closed at any time."""
+        """Be closed: there is nothing to wait for."""
+        said = self.close()
         self.finish_reason = self.finish_reason or FinishReason.BUDGET
-        return self._told()
+        return said
 
     @property
     def ending(self) -> str:
         return self._text.peek(self._constraint.closing) if self._n_drawn and not self.done else ""
 
     def close(self) -> Said:
-        """A short rest of an answer from here; nothing where the model has not chosen anything yet."""
+        """A short rest of an answer from here, once; nothing where the model has not chosen anything yet."""
         if self._n_drawn and not self.done:
             self._cut(FinishReason.BUDGET)
         return self._told()
