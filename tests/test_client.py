@@ -15,7 +15,7 @@ from iotd import errors
 from iotd.client import Answer, AsyncClient, Classification, Client
 from iotd.config import AskConfig, GrpcConfig
 from iotd.events import Accepted, Format, Labels, Sampling
-from iotd.rpc.request import REPLY_S
+from iotd.rpc.request import REPLY_S, budget_for
 
 
 @pytest.fixture
@@ -236,6 +236,13 @@ def test_the_servers_error_is_raised_as_it_was(daemon: Daemon, client: Client, e
     assert type(caught.value) is type(error)
     assert str(caught.value) == str(error)
     assert vars(caught.value) == vars(error)
+
+
+def test_a_refusal_for_want_of_time_says_the_budget_that_would_do(daemon: Daemon, client: Client) -> None:
+    daemon.engine.refusal = errors.Overloaded("too soon", retry_after_s=1.0, needed_s=2.0)
+    with pytest.raises(errors.Overloaded) as refusal:
+        client.answer("why?", budget_s=1)
+    assert refusal.value.needed_s == pytest.approx(budget_for(2.0))
 
 
 def test_a_context_overflow_is_an_invalid_question(daemon: Daemon, client: Client) -> None:

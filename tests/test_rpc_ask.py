@@ -15,7 +15,7 @@ from iotd.config import AskConfig
 from iotd.errors import DeadlineExceeded
 from iotd.events import Done, FinishReason, Format, Sampling, Timings, Usage
 from iotd.rpc import service
-from iotd.rpc.request import REPLY_MARGIN_S
+from iotd.rpc.request import REPLY_MARGIN_S, budget_for, deadline_s
 from iotd.rpc.times import duration
 from iotd.v1 import iotd_pb2, iotd_pb2_grpc
 
@@ -274,3 +274,9 @@ def test_a_deadline_of_the_call_is_not_called_the_budget(daemon: Daemon, stub: A
 def test_too_many_images_are_told_once(daemon: Daemon, stub: Any) -> None:
     with pytest.raises(grpc.RpcError, match="images: 3 given, at most 2 taken"):
         list(stub.Ask(question(images=[PNG] * 3)))
+
+
+@pytest.mark.parametrize("needed_s", [0.004, 0.03, 0.036, 0.05, 2.0])
+def test_a_refused_ask_is_told_the_budget_of_which_enough_is_left(needed_s: float) -> None:
+    request = question(budget=duration(budget_for(needed_s)))
+    assert deadline_s(request, 0.0, None, AskConfig()) == pytest.approx(needed_s, abs=1e-6)

@@ -149,7 +149,7 @@ class Asks:
         budget_s = call.ask.deadline_s - call.ask.arrived_s
         waits = f", of which it would wait {wait_s:.3g} s" if (wait_s := needed_s - least_s) > SOON_S else ""
         return Overloaded(
-            f"the budget is {budget_s:.3g} s, and the shortest answer would take {needed_s:.3g} s{waits}",
+            f"the budget ends too soon: the shortest answer would take {needed_s:.3g} s{waits}",
             retry_after_s=max(SOON_S, round(needed_s - budget_s, 3)),
             needed_s=needed_s,
         )

@@ -369,7 +369,8 @@ class Engine:
             log.info("measured what work takes here", extra=self._told_costs())
 
     def _told_costs(self) -> dict[str, float]:
-        return {name: round(value, 6) for name, value in asdict(self._cost_status()).items() if name.endswith("_s")}
+        told = asdict(self._cost_status()).items()
+        return {name: round(value, 6) for name, value in told if name.endswith("_s") and value}
 
     def _turn(self) -> bool:
         try:

@@ -49,6 +49,11 @@ def deadline_s(request: Request, arrived_s: float, remaining_s: float | None, li
     return arrived_s + allowed_s
 
 
+def budget_for(needed_s: float) -> float:
+    """The budget of which so much is left, once the way there and back is kept off it."""
+    return needed_s + min(REPLY_S, needed_s * REPLY_SHARE / (1 - REPLY_SHARE))
+
+
 def budget_s(request: Request, limits: AskConfig) -> float:
     """The caller's budget, or the default, up to the server's maximum. Raises InvalidInput unless it is above zero."""
     asked_s = seconds(request.budget) if request.HasField("budget") else limits.budget_s

@@ -143,6 +143,10 @@ class Service(iotd_pb2_grpc.IotdServicer):
         ends_s = requests.deadline_s(request, arrived_s, left_s, self.limits)
         try:
             await self._answer(request, arrived_s, ends_s, tell)
+        except Overloaded as error:
+            if error.needed_s is not None:
+                error.needed_s = requests.budget_for(error.needed_s)
+            raise
         except DeadlineExceeded as error:
             if left_s is None or left_s >= self.budget_s(request):
                 raise
