@@ -114,7 +114,9 @@ class Daemon:
         self._started_s = time.monotonic()
         self._engine: Engine | None = None
         self._link: Link | None = None
-        decode = functools.partial(decode_image, max_pixels=config.mqtt.max_pixels)
+        # Twice what the model looks at: enough for its own, finer resize, and little to keep for each camera and ask.
+        self._keep_pixels = 2 * config.model.max_image_pixels
+        decode = functools.partial(decode_image, max_pixels=config.mqtt.max_pixels, keep_pixels=self._keep_pixels)
         self._server = Server(None, self.status, config.grpc, ask=config.ask, decode_image=decode)
         self._metrics = Metrics(self.status, time.time)
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
@@ -233,8 +235,7 @@ class Daemon:
                 answerer=self._server.service if mqtt.asks else None,
                 version=__version__,
                 info={"model": model, "window": window},
-                # Twice what the model looks at: enough for its own, finer resize, and little to keep for each camera.
-                keep_pixels=2 * self._config.model.max_image_pixels,
+                keep_pixels=self._keep_pixels,
             )
             self._link.start()
         self._server.attach(engine)
