@@ -66,7 +66,9 @@ def kind(name: str) -> dict[str, object]:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(asks=st.lists(ASKS, min_size=1, max_size=14), flood=st.booleans(), eos_every=st.sampled_from((0, 15)))
-def test_no_answer_is_late_and_hardly_one_has_no_word(asks: list[tuple[int, str, float]], flood: bool, eos_every: int) -> None:
+def test_no_answer_is_late_and_hardly_one_has_no_word(
+    asks: list[tuple[int, str, float]], flood: bool, eos_every: int
+) -> None:
     engine = costly(FakeModel(eos_every=eos_every), chunk_s=0.1)
     accepted: list[Asked] = []
 
