@@ -191,10 +191,12 @@ class Daemon:
             engine = open_engine(self._config, self._metrics.answered)
             kept = self._kept(engine)
             engine.recall(measured.load(*kept))
+            known = engine.costs.known
             if self._config.snapshot.path:
                 engine.restore(functools.partial(snapshots.load, Path(self._config.snapshot.path)))
             engine.start()
-            measured.save(engine.costs.pack(), *kept)
+            if not known:
+                measured.save(engine.costs.pack(), *kept)
         except BaseException as e:  # noqa: BLE001 - the edge of a thread: whoever waits for the result raises it again
             outcome = functools.partial(result.set_exception, e)
         else:
@@ -322,7 +324,7 @@ class Daemon:
         self._server.set_serving(False)
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop, DRAIN_S, self._write())
-            measured.save(self._engine.costs.pack(), *self._kept(self._engine))
+            await asyncio.to_thread(measured.save, self._engine.costs.pack(), *self._kept(self._engine))
         # The link comes after what answers: the last answers over MQTT, whole or cut off, go out before its `offline`.
         await self._server.stop(GRACE_S)
         if self._link is not None:

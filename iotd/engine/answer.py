@@ -87,7 +87,7 @@ class Answer:
             elif reason is not FinishReason.CANCELLED:
                 self._learn_length(self._generation)
             self._say(self._generation.flush())
-            ending = "" if self._sentences.holding else self._generation.ending
+            ending = self._ending
             cut_off = self._free_text and reason is FinishReason.BUDGET
             self._call.speak(self._sentences.rest(cut_off=cut_off), self._kit.clock(), ending=ending)
             self._name_session(reason)
@@ -217,7 +217,7 @@ class Answer:
         yield
         said = generation.tokens[: len(generation.tokens) - len(generation.unread)]
         for chunk in chunks([*self._parts, said], lambda: self._kit.chunk_tokens):
-            with self._timed("prefill_s"), self._kit.costs.read(count_tokens([chunk]), self._kit.fork.position):
+            with self._reading(count_tokens([chunk])):
                 feed(self._kit.model, self._kit.fork, chunk)
             yield
         while True:
@@ -257,7 +257,7 @@ class Answer:
         self._weighing = model.weighing(self._kit.fork, logits, labels, paths)
         for n_tokens in call.work.beside:
             yield
-            with self._timed("prefill_s"), self._kit.costs.read(n_tokens, self._kit.fork.position, logits=True):
+            with self._reading(n_tokens, logits=True):
                 self._weighing.step()
 
     def _encode(self, chunk: Chunk) -> Iterator[None]:
@@ -268,9 +268,9 @@ class Answer:
             yield
 
     def _feed(self, chunk: Chunk, *, logits: bool = False, only: Ints | None = None) -> Floats | None:
-        n_tokens, fork = count_tokens([chunk]), self._kit.fork
-        with self._timed("prefill_s"), self._kit.costs.read(n_tokens, fork.position, logits=logits):
-            found = feed(self._kit.model, fork, chunk, logits=logits, only=only)
+        n_tokens = count_tokens([chunk])
+        with self._reading(n_tokens, logits=logits):
+            found = feed(self._kit.model, self._kit.fork, chunk, logits=logits, only=only)
         self._call.meter.prompt_tokens += n_tokens
         if isinstance(chunk, Rows):
             self._call.meter.image_tokens += n_tokens
@@ -320,8 +320,19 @@ class Answer:
         self._call.speak(said.thought, now_s, thought=True)
         near_end = self._free_text and self._runs_left() <= SENTENCE_TOKENS
         text = self._sentences.push(said.answer, near_end=near_end)
-        ending = "" if self._sentences.holding else self._generation.ending
-        self._call.speak(text, now_s, ending=ending)
+        self._call.speak(text, now_s, ending=self._ending)
+
+    @property
+    def _ending(self) -> str:
+        """What makes the answer whole, were it cut off here; what is held back is not said then."""
+        assert self._generation is not None
+        return "" if self._sentences.holding else self._generation.ending
+
+    @contextmanager
+    def _reading(self, n_tokens: int, *, logits: bool = False) -> Iterator[None]:
+        """Around a run that reads so many tokens into the fork."""
+        with self._timed("prefill_s"), self._kit.costs.read(n_tokens, self._kit.fork.position, logits=logits):
+            yield
 
     @contextmanager
     def _timed(self, name: Literal["image_s", "prefill_s", "decode_s"]) -> Iterator[None]:

@@ -3,6 +3,8 @@
 from collections import deque
 from typing import Literal
 
+Answers = Literal["text", "form", "labels"]
+"""Kinds of answers: free, of a given form, and labels weighed."""
 SEEN = 32
 """Answers of a kind that are looked at, the last ones."""
 USUAL = 0.9
@@ -10,7 +12,6 @@ USUAL = 0.9
 MEMORY = 0.2
 """Of the newest answer, in the tokens of a run."""
 AT_FIRST = {"text": 24, "form": 8, "labels": 0}
-Answers = Literal["text", "form", "labels"]
 
 
 class Lengths:

@@ -5,10 +5,9 @@ Pure: a function of an ask's work and of what work costs. Knows no clock and no 
 
 from dataclasses import dataclass, replace
 from math import ceil, floor
-from typing import Literal
 
 from iotd.engine.costs import Costs
-from iotd.engine.lengths import Lengths
+from iotd.engine.lengths import Answers, Lengths
 from iotd.events import Plan, Timings
 
 LEAST_TOKENS = 2
@@ -35,7 +34,7 @@ class Picture:
 class Work:
     """What answering takes, in tokens."""
 
-    kind: Literal["text", "form", "labels"]
+    kind: Answers
     position: int
     """Tokens that are read already."""
     parts: tuple[int | Picture, ...]
@@ -108,7 +107,7 @@ class Planner:
             at += n_tokens
         return seconds
 
-    def run_sizes(self, work: Work, rung: int) -> list[int]:
+    def _run_sizes(self, work: Work, rung: int) -> list[int]:
         """Tokens of each run that reads the prompt."""
         sizes = _sizes(work, rung)
         size = run_size(sum(sizes), self._chunk_tokens)
@@ -156,7 +155,7 @@ class Planner:
     def _prefill(self, work: Work, rung: int) -> tuple[float, int]:
         """Seconds of the fork and of reading the prompt, and the position behind it."""
         seconds, at = self._costs.fork_s(), work.position
-        runs = self.run_sizes(work, rung)
+        runs = self._run_sizes(work, rung)
         for i, n_tokens in enumerate(runs):
             seconds += self._costs.read_s(n_tokens, at, logits=i + 1 == len(runs))
             at += n_tokens

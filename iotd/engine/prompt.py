@@ -15,7 +15,7 @@ from iotd.engine.entry import Image, Part, Tokens, count_tokens
 from iotd.engine.ledger import Ledger
 from iotd.engine.lines import Lines, hint
 from iotd.engine.plan import Picture, Planned, Work
-from iotd.engine.sessions import Session, Sessions
+from iotd.engine.sessions import Sessions
 from iotd.errors import ContextOverflow, NotFound
 from iotd.events import RGB, Ask
 from iotd.model import Model
@@ -104,7 +104,7 @@ class Prompts:
             session = self.sessions.get(ask.session)
             parts.append(session.unread + self.lines.next_turn())
             if ask.catch_up and catch_up_tokens > 0:
-                most = min(catch_up_tokens, self._room(ask, session) // 2)
+                most = min(catch_up_tokens, self._room(ask) // 2)
                 parts.extend(self.context.since(session.n_read, most))
         if ask.exact_readings:
             parts.extend(self._exact(ask))
@@ -139,15 +139,15 @@ class Prompts:
 
     def _exact(self, ask: Ask) -> list[Tokens]:
         """As many sensors as fit into a quarter of what is free."""
-        session = self.sessions.get(ask.session) if ask.session is not None else None
         lines = self.lines.exact(self.ledger.find(ask.question, ask.sensors, MAX_EXACT))
-        room = self._room(ask, session) // 4
+        room = self._room(ask) // 4
         ends = accumulate(map(len, lines))
         return [line for line, end in zip(lines, ends, strict=True) if end <= room]
 
-    def _room(self, ask: Ask, session: Session | None) -> int:
-        """Tokens that can still be read, those included that a session has not read yet."""
-        return self.parent(ask).available - (len(session.unread) if session is not None else 0)
+    def _room(self, ask: Ask) -> int:
+        """Tokens that can still be read, but for those that a session has not read yet."""
+        n_unread = len(self.sessions.get(ask.session).unread) if ask.session is not None else 0
+        return self.parent(ask).available - n_unread
 
 
 def _pixels(seen: Shot | RGB) -> RGB | None:

@@ -33,10 +33,6 @@ class ConstrainedGeneration(Generation):
         self._constraint = constraint
         self._n_drawn = 0
 
-    @property
-    def run_tokens(self) -> float:
-        return super().run_tokens if self._n_drawn else 0.0
-
     def step(self, *, guess: bool = True) -> Said:
         """Run the model once, draw one token, and return its text with all that is forced around it."""
         if self._logits is not None:

@@ -115,11 +115,6 @@ class Generation:
     def done(self) -> bool:
         return self.finish_reason is not None
 
-    @property
-    def run_tokens(self) -> float:
-        """What the next run takes, where one of a single token takes 1; 0 where nothing was chosen so far."""
-        return 1 + GUESS_COST * max(0, len(self.unread) - 1)
-
     def step(self, *, guess: bool = True) -> Said:
         """Run the model once, draw one token or more, and return the text they complete, which may be empty.
 
