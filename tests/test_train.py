@@ -122,9 +122,9 @@ class Recorder(PackageRespondent):
         self.prompt, self.stream = self.stream, before
         return text
 
-    def _feed(self, state: Any, parts: list[Part], *, logits: bool = False) -> Any:
+    def _feed(self, state: Any, parts: list[Part], **options: Any) -> Any:
         self.stream += parts
-        return super()._feed(state, parts, logits=logits)
+        return super()._feed(state, parts, **options)
 
 
 @dataclass
