@@ -64,9 +64,9 @@ def kind(name: str) -> dict[str, object]:
     return {"max_tokens": 12}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(asks=st.lists(ASKS, min_size=1, max_size=14), flood=st.booleans(), eos_every=st.sampled_from((0, 15)))
-def test_no_answer_is_late_and_hardly_one_has_no_word(
+def test_no_answer_is_late_and_none_has_no_word(
     asks: list[tuple[int, str, float]], flood: bool, eos_every: int
 ) -> None:
     engine = costly(FakeModel(eos_every=eos_every), chunk_s=0.1)
@@ -95,8 +95,7 @@ def test_no_answer_is_late_and_hardly_one_has_no_word(
     for asked in accepted:
         if isinstance(asked.sink.end, Done):
             assert asked.ended_s is not None and asked.ended_s <= asked.deadline_s + 1e-9
-    # Where urgent asks come one upon another, what is kept for one can fall short of its first word.
-    assert engine.status().counters["asks_expired"] <= 1
+    assert engine.status().counters["asks_expired"] == 0
 
 
 def test_an_urgent_ask_goes_before_a_long_answer_that_then_goes_on() -> None:

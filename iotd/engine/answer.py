@@ -169,7 +169,7 @@ class Answer:
         """Further runs of the model that there is time for; one at least until something was chosen."""
         assert self._generation is not None
         ends_s, said = self._call.ask.deadline_s, self._generation.n_tokens - self._generation.n_thinking_tokens
-        if said >= LEAST_TOKENS:
+        if said >= LEAST_TOKENS or self._generation.thinking:
             ends_s = self._kit.ends_s(self._call)
         left_s = ends_s - self._kit.clock()
         usual_s, slow_s = self._run_s(), self._run_s(slow=True)
@@ -278,8 +278,9 @@ class Answer:
 
     def _step(self, generation: Generation) -> None:
         runs_left, plan = self._runs_left(), self._plan
-        if runs_left <= plan.answer_tokens or generation.n_tokens >= plan.thinking_tokens:
+        if generation.thinking and (runs_left <= plan.answer_tokens or generation.n_tokens >= plan.thinking_tokens):
             generation.end_thought()
+            runs_left = self._runs_left()
         generation.haste = max(0.0, 1 - (runs_left - 1) / HASTE_TOKENS)
         guess = self._kit.drafting and runs_left > GUESS_TOKENS
         n_before, n_unread = generation.n_tokens, len(generation.unread)
@@ -289,9 +290,8 @@ class Answer:
         meter = self._call.meter
         meter.runs += n_before > 0
         meter.run_tokens += n_unread
-        meter.generation_tokens = generation.n_tokens
-        left = max(1, plan.reserved_tokens + plan.thinking_tokens - generation.n_tokens)
-        self._call.reserved_end_s = self._kit.clock() + left * self._run_s()
+        meter.generation_tokens, meter.thinking_tokens = generation.n_tokens, generation.n_thinking_tokens
+        self._call.reserved_end_s = self._kit.clock() + self._call.reserved_left() * self._run_s()
         self._say(said)
 
     def _measured(self, generation: Generation, guess: bool) -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from iotd.counters import Counters
 from iotd.engine.call import Call
 from iotd.engine.costs import Costs
-from iotd.engine.plan import LEAST_TOKENS, Planned, Planner
+from iotd.engine.plan import Planned, Planner
 from iotd.engine.schedule import Gap, Slot, gap, latest_start
 from iotd.errors import DeadlineExceeded, Overloaded, Unavailable
 from iotd.events import Answered, Done, Failed, FinishReason, Timings
@@ -169,9 +169,9 @@ class Asks:
         assert call.planned is not None
         if call is not self._running:
             return call.planned.reserved_s
-        planned, said = call.planned, call.meter.generation_tokens
-        left = max(LEAST_TOKENS, planned.plan.reserved_tokens + planned.plan.thinking_tokens - said)
-        return self._planner.again_s(call.work, planned.rung, said) + left * (planned.run_s + planned.token_s)
+        planned = call.planned
+        again_s = self._planner.again_s(call.work, planned.rung, call.meter.generation_tokens)
+        return again_s + call.reserved_left() * (planned.run_s + planned.token_s)
 
     def _latest_start(self) -> float:
         return latest_start(self._slots(self._waiting), self.reading_share)

@@ -44,6 +44,8 @@ class Meter:
     prompt_tokens: int = 0
     image_tokens: int = 0
     generation_tokens: int = 0
+    thinking_tokens: int = 0
+    """Those of thoughts among them."""
     runs: int = 0
     """Of the model, behind the prompt."""
     run_tokens: int = 0
@@ -128,6 +130,14 @@ class Call:
         budget_s = self.ask.deadline_s - self.ask.arrived_s
         where = "in the queue" if self.meter.started_s is None else "before the first piece of the answer"
         return Failed(DeadlineExceeded(f"the budget of {budget_s:.3g} s ended {where}"))
+
+    def reserved_left(self) -> int:
+        """Tokens that are kept for it and not said so far; one at least."""
+        assert self.planned is not None
+        thought = self.meter.thinking_tokens
+        said = self.meter.generation_tokens - thought
+        kept_thinking = 0 if said else max(0, self.planned.reserved_thinking - thought)
+        return max(1, self.planned.plan.reserved_tokens - said + kept_thinking)
 
     def trace(self) -> str:
         """Where the time went until the deadline, in words for the log; nothing of the question."""

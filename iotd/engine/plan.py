@@ -66,6 +66,8 @@ class Planned:
     """Each token that such a run reads; 0 where it is always one, and in `run_s`."""
     least_s: float
     """What the least answer takes, at a slow pace."""
+    reserved_thinking: int
+    """Of the tokens for thinking, those that are kept for it."""
     reserved_s: float
     """What the reserved tokens take."""
 
@@ -122,7 +124,7 @@ class Planner:
         least = {"text": min(LEAST_TOKENS, work.max_tokens), "form": LEAST_RUNS, "labels": 0}[work.kind]
         least_s = image_s + prefill_s * (1 + self._costs.read_spread) / 2 + least * slow_s
         answer, thinking = self._shared(work, self._fits(work, end, time_s - first_s, run_s, slow_s), usual)
-        reserved = min(answer, max(usual, least))
+        reserved, reserved_thinking = min(answer, max(usual, least)), min(thinking, usual)
         decode_s = max(0, answer + thinking - 1) * run_s
         timings = Timings(
             queue_s=queue_s,
@@ -133,9 +135,9 @@ class Planner:
             total_s=queue_s + first_s + decode_s,
         )
         plan = Plan(answer, reserved, thinking, sum(_at_rung(part, rung) for part in pictures), timings)
-        reserved_s = max(least_s, (first_s + (reserved + min(thinking, usual)) * run_s) * CAUTION)
+        reserved_s = max(least_s, (first_s + (reserved + reserved_thinking) * run_s) * CAUTION)
         own_run_s = run_s - token_s * self._lengths.run_tokens
-        return Planned(plan, rung, False, first_s, own_run_s, token_s, least_s, reserved_s)
+        return Planned(plan, rung, False, first_s, own_run_s, token_s, least_s, reserved_thinking, reserved_s)
 
     def _fits(self, work: Work, position: int, time_s: float, run_s: float, slow_s: float) -> int:
         """Tokens that there is time and room for, the last one at a slow pace; one at least, and none with labels."""
