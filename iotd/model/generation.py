@@ -148,16 +148,20 @@ class Generation:
             self._begin_answer(self._endings.thought)
 
     def conclude(self) -> Said:
-        """The step for which alone there is time left: end the sentence, unless it is whole, and be done.
+        """The step for which alone there is time left: end the sentence, and be done.
 
         The model gets one token more, in all haste. What is not whole behind it breaks off with an ellipsis: a full
-        stop would say that it was whole, and "It is 23." cut out of "It is 23.4 °C" would be false.
+        stop would say that it was whole, and "It is 23." cut out of "It is 23.4 °C" would be false. Behind a whole
+        sentence that token only tells whether the answer is at its end.
         """
         self.end_thought()
-        self.haste = 1.0
-        if not self.done and not ends_sentence(self._tail):
+        if not self.done:
+            whole = ends_sentence(self._tail)
+            self.haste = float(not whole)
             (logits,) = self._read([])
-            self._take(self._draw(logits))
+            token = self._draw(logits)
+            if not whole or token in self._endings.turn:
+                self._take(token)
         if not self.done:
             self._text.flush()  # half a character is no text
             if not ends_sentence(self._tail):
