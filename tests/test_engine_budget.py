@@ -5,7 +5,7 @@ import random
 import pytest
 from engine_driver import DrivenEngine, Sink, frame, image, reading
 from fake_model import FakeModel
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from iotd.errors import Overloaded
@@ -64,7 +64,15 @@ def kind(name: str) -> dict[str, object]:
     return {"max_tokens": 12}
 
 
+THOUGHT_IN_THE_WAY = [
+    *((0, "short", 3.0), (0, "long", 2.0), (18, "thinking", 6.0)),
+    *((12, "short", 1.0), (19, "short", 2.0), (25, "short", 2.0)),
+]
+"""The last one is accepted behind a thought that has to end for it."""
+
+
 @settings(max_examples=60, deadline=None)
+@example(asks=THOUGHT_IN_THE_WAY, flood=False, eos_every=0)
 @given(asks=st.lists(ASKS, min_size=1, max_size=14), flood=st.booleans(), eos_every=st.sampled_from((0, 15)))
 def test_no_answer_is_late_and_none_has_no_word(
     asks: list[tuple[int, str, float]], flood: bool, eos_every: int
@@ -129,6 +137,23 @@ def test_a_long_answer_is_cut_short_for_others_only_where_it_cannot_go_on_later(
     assert all(isinstance(other.end, Done) and other.end.timings.total_s <= left_s + 0.1 for other in others)
     assert isinstance(long.end, Done) and long.end.finish_reason is FinishReason.BUDGET
     assert long.end.timings.total_s < 6.0
+
+
+def test_a_stall_takes_from_those_that_wait_before_it_takes_what_was_kept_for_the_running_one() -> None:
+    engine = costly()
+    running, ticket = engine.ask("tell me all!", budget_s=4.0, max_tokens=1000)
+    kept = ticket.accepted.plan.reserved_tokens
+    engine.turns_until(lambda: len(running.text) == 3)
+    others = [engine.ask(f"{n}?", budget_s=4.2 + n, max_tokens=40)[0] for n in range(2)]
+    engine.clock.costs_s["step"] = engine._asks.latest_start_s + 0.1 - engine.clock()
+    engine.turn()
+    engine.clock.costs_s["step"] = STEP_S
+    engine.settle()
+    assert isinstance(running.end, Done) and running.end.timings.total_s <= 4.0
+    assert running.end.usage.generation_tokens >= kept
+    for n, other in enumerate(others):
+        assert isinstance(other.end, Done) and other.end.timings.total_s <= 4.2 + n
+        assert other.text
 
 
 def test_a_cancelled_ask_costs_nothing_more_also_where_it_had_made_way() -> None:

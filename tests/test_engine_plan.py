@@ -4,7 +4,7 @@ import pytest
 from engine_driver import ManualClock
 
 from iotd.engine.costs import Costs
-from iotd.engine.lengths import Lengths
+from iotd.engine.lengths import MOST_SENTENCE, Lengths
 from iotd.engine.plan import ANSWER_SHARE, LEAST_TOKENS, Picture, Planner, Work
 
 STEP_S, TOKEN_S, IMAGE_S = 0.05, 0.01, 0.02
@@ -103,9 +103,29 @@ def test_labels_need_no_more_than_the_prompt_and_their_own_runs(planner: Planner
 
 def test_the_usual_length_follows_the_answers() -> None:
     lengths = Lengths()
-    for _ in range(40):
+    for _ in range(80):
         lengths.learn("text", 10)
     assert lengths.usual("text") == 10
-    for n in range(40):
+    for n in range(80):
         lengths.learn("text", 10 + 40 * (n % 2))
     assert lengths.usual("text") == 50
+
+
+def test_sentences_that_were_cut_count_as_longer_than_what_was_said() -> None:
+    lengths = Lengths()
+    for _ in range(64):
+        lengths.learn_sentence(10, whole=True)
+    assert lengths.sentence == 10
+    for _ in range(30):
+        lengths.learn_sentence(4, whole=False)
+    assert lengths.sentence == 10
+    for n in range(64):
+        lengths.learn_sentence(12 if n % 2 else 20, whole=n % 4 != 0)
+    assert lengths.sentence == 20
+
+
+def test_a_model_that_ends_no_sentence_has_no_more_kept_for_it_than_a_long_one_takes() -> None:
+    lengths = Lengths()
+    for _ in range(100):
+        lengths.learn_sentence(200, whole=False)
+    assert lengths.sentence == MOST_SENTENCE

@@ -65,6 +65,8 @@ class Answer:
         self._weighing: Weighing | None = None
         """In a generation's place, where the ask has labels."""
         self._free_text = call.ask.format is None
+        self._whole = False
+        """A first sentence has been said."""
         self._sentences = Sentences()
         self._session: Session | None = None
         self._parts: list[Part] = []
@@ -84,8 +86,8 @@ class Answer:
             if reason is FinishReason.BUDGET:
                 self._say(self._generation.close())
                 self._call.meter.generation_tokens = self._generation.n_tokens
-            elif reason is not FinishReason.CANCELLED:
-                self._learn_length(self._generation)
+            if reason is not FinishReason.CANCELLED:
+                self._learn_length(self._generation, reason)
             self._say(self._generation.flush())
             ending = self._ending
             cut_off = self._free_text and reason is FinishReason.BUDGET
@@ -93,11 +95,15 @@ class Answer:
             self._name_session(reason)
         return reason
 
-    def _learn_length(self, generation: Generation) -> None:
-        meter, lengths = self._call.meter, self._kit.lengths
+    def _learn_length(self, generation: Generation, reason: FinishReason) -> None:
+        meter, lengths, cut = self._call.meter, self._kit.lengths, reason is FinishReason.BUDGET
         if self._free_text:
-            lengths.learn("text", generation.n_tokens - generation.n_thinking_tokens)
-        else:
+            said = generation.n_tokens - generation.n_thinking_tokens
+            if said and not self._whole:
+                lengths.learn_sentence(said, whole=reason is FinishReason.STOP)
+            if not cut:
+                lengths.learn("text", said)
+        elif not cut:
             lengths.learn("form", meter.runs)
             lengths.learn_run(meter.run_tokens / max(1, meter.runs))
 
@@ -151,8 +157,7 @@ class Answer:
             return FinishReason.CANCELLED
         if self._generation is None:
             return FinishReason.BUDGET if self._call.expired(self._kit.clock()) else None
-        least = MORE_TOKENS if self._free_text and self._sentences.whole else 1
-        return None if self._runs_left() >= least else FinishReason.BUDGET
+        return None if self._runs_left() else FinishReason.BUDGET
 
     @property
     def _plan(self) -> Plan:
@@ -284,15 +289,20 @@ class Answer:
         generation.haste = max(0.0, 1 - (runs_left - 1) / HASTE_TOKENS)
         guess = self._kit.drafting and runs_left > GUESS_TOKENS
         n_before, n_unread = generation.n_tokens, len(generation.unread)
-        last = runs_left == 1 and n_before > 0 and self._free_text
+        last = runs_left < (MORE_TOKENS if self._sentences.whole else 2) and n_before > 0 and self._free_text
         with self._timed("decode_s"), self._measured(generation, guess):
             said = generation.conclude() if last else generation.step(guess=guess)
         meter = self._call.meter
         meter.runs += n_before > 0
         meter.run_tokens += n_unread
         meter.generation_tokens, meter.thinking_tokens = generation.n_tokens, generation.n_thinking_tokens
-        self._call.reserved_end_s = self._kit.clock() + self._call.reserved_left() * self._run_s()
         self._say(said)
+        if self._free_text and not self._whole and self._sentences.whole and not generation.done:
+            self._whole = True
+            self._kit.lengths.learn_sentence(generation.n_tokens - generation.n_thinking_tokens, whole=True)
+        self._call.reserved_end_s = self._kit.clock()
+        if not self._whole and (left := self._call.reserved_left()):
+            self._call.reserved_end_s += (left - 1) * self._run_s() + self._run_s(slow=True)
 
     def _measured(self, generation: Generation, guess: bool) -> AbstractContextManager[None]:
         """Around a run of the model; the first token is drawn without one, and guesses are no usual runs."""

@@ -59,7 +59,9 @@ class Asks:
         """The asks that ended last."""
         self._errors: deque[float] = deque(maxlen=JUDGED)
         self.latest_start_s = math.inf
-        """When the model must be free for those that wait, so that none of them is late."""
+        """When the model must be free for those that wait, so that each gets what is kept for it."""
+        self.latest_least_s = math.inf
+        """The same for the least answer to each."""
 
     @property
     def accepting(self) -> bool:
@@ -117,7 +119,7 @@ class Asks:
                 raise Overloaded(f"{len(self._waiting)} asks are waiting already", retry_after_s=free_s)
             call.planned, n_ahead = self._planned(call, now_s)
             self._waiting.append(call)
-            self.latest_start_s = self._latest_start()
+            self._look_ahead()
             self._counters.add("asks")
             return n_ahead
 
@@ -171,14 +173,20 @@ class Asks:
             return call.planned.reserved_s
         planned = call.planned
         again_s = self._planner.again_s(call.work, planned.rung, call.meter.generation_tokens)
-        return again_s + call.reserved_left() * (planned.run_s + planned.token_s)
+        return again_s + max(1, call.reserved_left()) * (planned.run_s + planned.token_s)
 
-    def _latest_start(self) -> float:
-        return latest_start(self._slots(self._waiting), self.reading_share)
+    def _look_ahead(self) -> None:
+        """Those that wait are others now."""
+        least = [Slot(call.ask.deadline_s, call.planned.least_s) for call in self._waiting if call.planned is not None]
+        self.latest_start_s = latest_start(self._slots(self._waiting), self.reading_share)
+        self.latest_least_s = latest_start(least, self.reading_share)
 
     def ends_s(self, call: Call) -> float:
-        """When the running call must have ended: at its deadline, or before others begin unless it can go on later."""
-        latest_s = self.latest_start_s
+        """When the running call must have ended: at its deadline, or before others begin unless it can go on later.
+
+        What is kept for it goes before what is kept for them, but for the least answer to each.
+        """
+        latest_s = max(self.latest_start_s, min(self.latest_least_s, call.reserved_end_s))
         if latest_s >= call.ask.deadline_s or self._can_go_on(call):
             return call.ask.deadline_s
         return latest_s
@@ -204,11 +212,13 @@ class Asks:
         """The running call waits again."""
         with self._changed:
             assert call.planned is not None
-            call.planned = replace(call.planned, reserved_s=self._reserved_s(call))
+            again_s = self._planner.again_s(call.work, call.planned.rung, call.meter.generation_tokens)
+            least_s = again_s + call.planned.run_s + call.planned.token_s
+            call.planned = replace(call.planned, least_s=least_s, reserved_s=self._reserved_s(call))
             call.preempted_at_s = now_s
             self._running = None
             self._waiting.append(call)
-            self.latest_start_s = self._latest_start()
+            self._look_ahead()
             self._counters.add("asks_preempted")
 
     def take(self, now_s: float) -> Call | None:
@@ -219,7 +229,7 @@ class Asks:
                 return None
             call = min(self._waiting, key=_deadline)
             self._waiting.remove(call)
-            self.latest_start_s = self._latest_start()
+            self._look_ahead()
             self._running = call
             call.preempts = False
             if call.meter.started_s is None:
@@ -260,7 +270,7 @@ class Asks:
             over = [call for call in self._waiting if call.cancelled or call.expired(now_s)]
             if over:
                 self._waiting = [call for call in self._waiting if call not in over]
-                self.latest_start_s = self._latest_start()
+                self._look_ahead()
             running = self._running
             self._changed.notify_all()
         for call in over:

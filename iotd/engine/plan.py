@@ -124,7 +124,8 @@ class Planner:
         least = {"text": min(LEAST_TOKENS, work.max_tokens), "form": LEAST_RUNS, "labels": 0}[work.kind]
         least_s = image_s + prefill_s * (1 + self._costs.read_spread) / 2 + least * slow_s
         answer, thinking = self._shared(work, self._fits(work, end, time_s - first_s, run_s, slow_s), usual)
-        reserved, reserved_thinking = min(answer, max(usual, least)), min(thinking, usual)
+        kept = self._lengths.sentence if work.kind == "text" else usual
+        reserved, reserved_thinking = min(answer, max(kept, least)), min(thinking, usual)
         decode_s = max(0, answer + thinking - 1) * run_s
         timings = Timings(
             queue_s=queue_s,
