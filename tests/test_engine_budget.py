@@ -7,6 +7,7 @@ from engine_driver import DrivenEngine, Sink, frame, image, reading
 from fake_model import FakeModel
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scripted_model import ScriptedModel
 
 from iotd.errors import Overloaded
 from iotd.events import Done, FinishReason, Format, Labels
@@ -154,6 +155,19 @@ def test_a_stall_takes_from_those_that_wait_before_it_takes_what_was_kept_for_th
     for n, other in enumerate(others):
         assert isinstance(other.end, Done) and other.end.timings.total_s <= 4.2 + n
         assert other.text
+
+
+def test_no_sentence_is_begun_in_the_time_that_is_kept_for_others() -> None:
+    engine = costly(ScriptedModel(b"It is warm. The window stands open, and all of the doors."))
+    running, _ = engine.ask("tell me all!", budget_s=4.0, max_tokens=200)
+    engine.turns_until(lambda: running.text == "It")
+    others = [engine.ask(f"{n}?", budget_s=4.1, max_tokens=12)[0] for n in range(4)]
+    engine.settle()
+    assert running.text == "It is warm."
+    assert isinstance(running.end, Done) and running.end.finish_reason is FinishReason.BUDGET
+    assert running.end.timings.total_s < 11 * STEP_S + 0.3
+    for other in others:
+        assert isinstance(other.end, Done) and other.end.finish_reason is FinishReason.LENGTH
 
 
 def test_a_cancelled_ask_costs_nothing_more_also_where_it_had_made_way() -> None:

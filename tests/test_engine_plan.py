@@ -1,5 +1,7 @@
 """A plan fits into its time: images, thoughts and length give way to it in turn."""
 
+from dataclasses import replace
+
 import pytest
 from engine_driver import ManualClock
 
@@ -52,6 +54,19 @@ def test_what_leaves_no_time_for_the_least_answer_has_no_plan(planner: Planner) 
     assert least_s == pytest.approx(20 * TOKEN_S + LEAST_TOKENS * STEP_S, rel=0.3)
     assert planner.fit(text(), 0.99 * least_s) is None
     assert planner.fit(text(), 1.01 * least_s) is not None
+
+
+def test_the_model_is_told_how_long_its_answer_may_be_unless_there_is_ample_time(planner: Planner) -> None:
+    work = replace(text(), hint_tokens=10)
+    hinted, ample = (planner.fit(work, 20 * TOKEN_S + n * STEP_S) for n in (30, 40))
+    assert hinted is not None and ample is not None
+    assert (hinted.hint, ample.hint) == (True, False)
+    assert hinted.plan.predicted.prefill_s == pytest.approx(30 * TOKEN_S, rel=0.05)
+    least_s = planner.least(work).least_s
+    assert least_s == pytest.approx(30 * TOKEN_S + LEAST_TOKENS * STEP_S, rel=0.3)
+    assert planner.fit(work, 0.99 * least_s) is None
+    least = planner.fit(work, 1.01 * least_s)
+    assert least is not None and least.hint
 
 
 def test_images_are_made_smaller_before_the_answer_is_made_short(planner: Planner) -> None:

@@ -65,8 +65,6 @@ class Answer:
         self._weighing: Weighing | None = None
         """In a generation's place, where the ask has labels."""
         self._free_text = call.ask.format is None
-        self._whole = False
-        """A first sentence has been said."""
         self._sentences = Sentences()
         self._session: Session | None = None
         self._parts: list[Part] = []
@@ -99,7 +97,7 @@ class Answer:
         meter, lengths, cut = self._call.meter, self._kit.lengths, reason is FinishReason.BUDGET
         if self._free_text:
             said = generation.n_tokens - generation.n_thinking_tokens
-            if said and not self._whole:
+            if said and not meter.whole_tokens:
                 lengths.learn_sentence(said, whole=reason is FinishReason.STOP)
             if not cut:
                 lengths.learn("text", said)
@@ -282,14 +280,14 @@ class Answer:
         return found
 
     def _step(self, generation: Generation) -> None:
-        runs_left, plan = self._runs_left(), self._plan
-        if generation.thinking and (runs_left <= plan.answer_tokens or generation.n_tokens >= plan.thinking_tokens):
+        plan = self._plan
+        if self._runs_left() <= plan.answer_tokens or generation.n_tokens >= plan.thinking_tokens:
             generation.end_thought()
-            runs_left = self._runs_left()
+        runs_left = self._runs_left()
         generation.haste = max(0.0, 1 - (runs_left - 1) / HASTE_TOKENS)
         guess = self._kit.drafting and runs_left > GUESS_TOKENS
         n_before, n_unread = generation.n_tokens, len(generation.unread)
-        last = runs_left < (MORE_TOKENS if self._sentences.whole else 2) and n_before > 0 and self._free_text
+        last = self._free_text and n_before > 0 and runs_left < self._more_runs()
         with self._timed("decode_s"), self._measured(generation, guess):
             said = generation.conclude() if last else generation.step(guess=guess)
         meter = self._call.meter
@@ -297,12 +295,31 @@ class Answer:
         meter.run_tokens += n_unread
         meter.generation_tokens, meter.thinking_tokens = generation.n_tokens, generation.n_thinking_tokens
         self._say(said)
-        if self._free_text and not self._whole and self._sentences.whole and not generation.done:
-            self._whole = True
-            self._kit.lengths.learn_sentence(generation.n_tokens - generation.n_thinking_tokens, whole=True)
+        self._keep(generation)
+
+    def _keep(self, generation: Generation) -> None:
+        """Time for the sentence that is being said; none where it is whole, by more than an ellipsis."""
+        meter, left = self._call.meter, self._call.reserved_left()
         self._call.reserved_end_s = self._kit.clock()
-        if not self._whole and (left := self._call.reserved_left()):
+        if self._whole:
+            said = meter.generation_tokens - meter.thinking_tokens
+            if not meter.whole_tokens and generation.finish_reason is not FinishReason.BUDGET:
+                self._kit.lengths.learn_sentence(said, whole=True)
+            meter.whole_tokens = said
+        elif left:
             self._call.reserved_end_s += (left - 1) * self._run_s() + self._run_s(slow=True)
+
+    def _more_runs(self) -> int:
+        """With fewer, one token is all that there is time for: no sentence is begun that others would cut in two."""
+        if not self._whole:
+            return 2
+        for_others = self._kit.ends_s(self._call) < self._call.ask.deadline_s
+        return max(MORE_TOKENS, self._plan.reserved_tokens) if for_others else MORE_TOKENS
+
+    @property
+    def _whole(self) -> bool:
+        """Something was said in words, and nothing half."""
+        return self._free_text and self._sentences.whole
 
     def _measured(self, generation: Generation, guess: bool) -> AbstractContextManager[None]:
         """Around a run of the model; the first token is drawn without one, and guesses are no usual runs."""

@@ -177,9 +177,8 @@ class Asks:
 
     def _look_ahead(self) -> None:
         """Those that wait are others now."""
-        least = [Slot(call.ask.deadline_s, call.planned.least_s) for call in self._waiting if call.planned is not None]
         self.latest_start_s = latest_start(self._slots(self._waiting), self.reading_share)
-        self.latest_least_s = latest_start(least, self.reading_share)
+        self.latest_least_s = latest_start(map(_least_slot, self._waiting), self.reading_share)
 
     def ends_s(self, call: Call) -> float:
         """When the running call must have ended: at its deadline, or before others begin unless it can go on later.
@@ -299,6 +298,11 @@ class Asks:
 
     def _depth(self) -> int:
         return len(self._waiting) + (self._running is not None)
+
+
+def _least_slot(call: Call) -> Slot:
+    assert call.planned is not None
+    return Slot(call.ask.deadline_s, call.planned.least_s)
 
 
 def _deadline(call: Call) -> float:

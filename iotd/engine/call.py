@@ -46,6 +46,8 @@ class Meter:
     generation_tokens: int = 0
     thinking_tokens: int = 0
     """Those of thoughts among them."""
+    whole_tokens: int = 0
+    """Of the answer, when nothing half was said last."""
     runs: int = 0
     """Of the model, behind the prompt."""
     run_tokens: int = 0
@@ -132,12 +134,12 @@ class Call:
         return Failed(DeadlineExceeded(f"the budget of {budget_s:.3g} s ended {where}"))
 
     def reserved_left(self) -> int:
-        """Tokens that are kept for it and not said so far; runs, of an answer of a given form."""
+        """Tokens that are kept for its sentence and not said so far; runs, of an answer of a given form."""
         assert self.planned is not None
         thought = self.meter.thinking_tokens
         said = self.meter.runs if self.work.kind == "form" else self.meter.generation_tokens - thought
         kept_thinking = 0 if said else max(0, self.planned.reserved_thinking - thought)
-        return max(0, self.planned.plan.reserved_tokens - said) + kept_thinking
+        return max(0, self.planned.plan.reserved_tokens - (said - self.meter.whole_tokens)) + kept_thinking
 
     def trace(self) -> str:
         """Where the time went until the deadline, in words for the log; nothing of the question."""

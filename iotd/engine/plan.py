@@ -10,10 +10,12 @@ from iotd.engine.costs import Costs
 from iotd.engine.lengths import Answers, Lengths
 from iotd.events import Plan, Timings
 
-LEAST_TOKENS = 2
-"""What there must be time for: a yes or a no. It does for a few words more where nothing is slow."""
+LEAST_TOKENS = 3
+"""What there must be time for: a few words."""
 LEAST_RUNS = 2
 """The same for an answer of a given form: a run may bring many tokens, and it can be closed behind the first."""
+AMPLE = 1.5
+"""With room for so many times the usual answer, the model is not told how long its own may be."""
 LEAST_THOUGHT = 8
 """Tokens; with less time the model does not think."""
 CAUTION = 1.1
@@ -86,20 +88,19 @@ class Planner:
         best: Planned | None = None
         for rung in range(_rungs(work)):
             planned = self._at(work, rung, time_s, queue_s, usual)
+            if work.hint_tokens and planned.plan.answer_tokens < min(work.max_tokens, AMPLE * usual):
+                planned = replace(self._at(_with_hint(work), rung, time_s, queue_s, usual), hint=True)
             if planned.least_s > time_s:
                 continue
             best = planned
             if planned.plan.answer_tokens >= usual:
-                return best
-        if best is not None and work.hint_tokens:
-            hinted = self._at(_with_hint(work), best.rung, time_s, queue_s, usual)
-            if hinted.least_s <= time_s:
-                return replace(hinted, hint=True)
+                break
         return best
 
     def least(self, work: Work) -> Planned:
         """The plan that takes the least time."""
-        return self._at(work, _rungs(work) - 1, 0.0, 0.0, 1)
+        least = self._at(_with_hint(work), _rungs(work) - 1, 0.0, 0.0, 1)
+        return replace(least, hint=work.hint_tokens > 0)
 
     def again_s(self, work: Work, rung: int, n_said: int) -> float:
         """What it takes to read an ask's prompt again, and so many tokens that it has said."""
@@ -122,7 +123,9 @@ class Planner:
         first_s, run_s, slow_s = image_s + prefill_s, self._run_s(work, end), self._run_s(work, end, slow=True)
         token_s = self._costs.form_s(1, end) - self._costs.form_s(0, end) if work.kind == "form" else 0.0
         least = {"text": min(LEAST_TOKENS, work.max_tokens), "form": LEAST_RUNS, "labels": 0}[work.kind]
-        least_s = image_s + prefill_s * (1 + self._costs.read_spread) / 2 + least * slow_s
+        least_s = image_s + prefill_s * (1 + self._costs.read_spread) / 2 + max(0, least - 1) * run_s
+        if least:
+            least_s += slow_s
         answer, thinking = self._shared(work, self._fits(work, end, time_s - first_s, run_s, slow_s), usual)
         kept = self._lengths.sentence if work.kind == "text" else usual
         reserved, reserved_thinking = min(answer, max(kept, least)), min(thinking, usual)

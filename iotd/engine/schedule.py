@@ -4,7 +4,7 @@ Pure arithmetic over deadlines and durations, in seconds on one clock. Knows no 
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 
@@ -42,7 +42,7 @@ def gap(slots: Collection[Slot], deadline_s: float, free_s: float, between: floa
     return Gap(n_ahead, begin_s, end_s, begin_s + sum(slot.kept_s for slot in behind) * (1 + between))
 
 
-def latest_start(slots: Collection[Slot], between: float) -> float:
+def latest_start(slots: Iterable[Slot], between: float) -> float:
     """When the first turn must begin, so that none is late; infinite where none waits."""
     latest_s, before_s = math.inf, 0.0
     for slot in sorted(slots):
