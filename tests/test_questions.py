@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -313,6 +314,20 @@ def test_the_model_answer_is_right_in_every_form_and_fits(kind: str, held_out: b
         if question.form == "json":
             assert isinstance(json.loads(question.answer), dict)
     assert {"brief", "sentence", "json"} <= forms
+
+
+@pytest.mark.parametrize("kind", KIND_WEIGHTS)
+def test_a_hurried_answer_is_right_and_as_short_as_the_daemon_asks_for(kind: str) -> None:
+    forms = set()
+    for seed in range(200):
+        told = Told(dict(VALUES), (EMPTY, DOG_AND_CAR)[seed % 2])
+        question = draw_question(told, random.Random(seed), weights={kind: 1.0}, hurried=1.0)
+        found = re.search(r"[.?] Answer in at most (\d+) words\.$", question.text)
+        assert found is not None
+        assert question.right(question.answer), question
+        assert question.form == "brief" or len(question.answer.split()) <= int(found[1])
+        forms.add(question.form)
+    assert {"brief", "sentence"} <= forms
 
 
 def test_training_and_held_out_set_share_only_the_plainest_phrasings() -> None:

@@ -91,6 +91,8 @@ class Pace:
     """Of the readings."""
     kinds: tuple[tuple[str, float], ...] = tuple(KIND_WEIGHTS.items())
     """How often each kind of question is drawn."""
+    hurried: float = 0.0
+    """Of the questions: the daemon adds how long the answer may be."""
 
 
 def conversation(seed: int, pace: Pace, *, epoch_s: float = 1.6e9) -> Iterator[Event]:
@@ -105,7 +107,8 @@ def conversation(seed: int, pace: Pace, *, epoch_s: float = 1.6e9) -> Iterator[E
         for _ in range(rng.randint(*pace.events)):
             yield from teller.next(epoch_s, rng.random() < pace.frames)
         for _ in range(rng.randint(*pace.questions)):
-            yield Asked(draw_question(teller.told, rng, held_out=held_out, weights=dict(pace.kinds)))
+            weights = dict(pace.kinds)
+            yield Asked(draw_question(teller.told, rng, held_out=held_out, weights=weights, hurried=pace.hurried))
 
 
 class Teller:

@@ -9,12 +9,13 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from iotd.demo.devices import Report
 from iotd.demo.home import DOORS, HEATED_C
 from iotd.demo.judge import Fact, same_json, says
 from iotd.demo.scene import COLOURS, KINDS, Scene, Thing
+from iotd.engine.lines import hint
 
 NO_READING = "I have no reading for that."
 TIE_C = 0.1
@@ -26,6 +27,8 @@ HELD_OUT_EVERY = 5
 """One phrasing in so many is kept from training."""
 _QUANTITY_UNIT = {"temperature": "°C", "humidity": "%", "power": "W"}
 APPLIANCES = ("fridge", "kettle", "washer")
+HINTED_WORDS = 2, 14
+"""What the daemon may tell a model that is short of time."""
 
 KIND_WEIGHTS = {
     "value": 8.0,
@@ -116,17 +119,20 @@ def draw_question(
     held_out: bool = False,
     weights: Mapping[str, float] = KIND_WEIGHTS,
     forms: Collection[str] = FORMS,
+    hurried: float = 0.0,
 ) -> Question:
     """A question of a random kind about what was told, for an answer in one of these forms.
 
-    held_out: in one of the phrasings that training never uses.
+    held_out: in one of the phrasings that training never uses. hurried: how likely the daemon adds how long the answer
+    may be, whatever the question says of that.
     """
     kinds, odds = [*weights], [*weights.values()]
     while True:
         kind = rng.choices(kinds, odds)[0]
         subject = _SUBJECTS[kind](told, rng)
         if subject is not None:
-            return _phrased(kind, subject, rng, held_out, forms)
+            question = _phrased(kind, subject, rng, held_out, forms)
+            return _hurried(question, subject, rng) if hurried and rng.random() < hurried else question
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +194,15 @@ def _phrased(
     text = before + (core[0].lower() + core[1:] if before.endswith((", ", ": ")) else core)
     text = f"{text} {behind.format(n=max_words)}".strip()
     return Question(kind, text, answer, subject.fact, form, max_words)
+
+
+def _hurried(question: Question, subject: _Subject, rng: random.Random) -> Question:
+    """With the daemon's own word about the answer's length behind it, which counts for more than the question's."""
+    n_words = rng.randint(*HINTED_WORDS)
+    answers = {question.form: question.answer, "sentence": subject.sentence}
+    fits = [form for form, answer in answers.items() if len(answer.split()) <= n_words]
+    form, answer = (fits[0], answers[fits[0]]) if fits else ("brief", subject.brief)
+    return replace(question, text=f"{question.text} {hint(n_words)}", answer=answer, form=form, max_words=None)
 
 
 def _value(told: Told, rng: random.Random) -> _Subject | None:

@@ -99,6 +99,7 @@ STAGES = (
     Stage("whole", 1750, 4, 768, Pace(frames=0.15, kinds=_HARDER), 0.5, sighted=False),
     Stage("settle", 4800, 4, 768, Pace(frames=0.15, kinds=_HARDER), 0.7, rates=(1.0, 0.0)),
     Stage("polish", 6500, 4, 768, Pace(frames=0.15, kinds=_HARDEST), 0.7, rates=(0.7, 0.0)),
+    Stage("hurry", 1000, 4, 768, Pace(frames=0.15, kinds=_HARDEST, hurried=0.4), 0.7, sighted=False, rates=(0.3, 0.0)),
 )
 CELLS_WORTH = 0.3
 """Of what the tower sees in a picture's parts, against 1 for a token of an answer."""
