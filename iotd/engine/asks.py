@@ -14,7 +14,7 @@ from dataclasses import replace
 from iotd.counters import Counters
 from iotd.engine.call import Call
 from iotd.engine.costs import Costs
-from iotd.engine.plan import Planned, Planner
+from iotd.engine.plan import CAUTION, Planned, Planner
 from iotd.engine.schedule import Gap, Slot, gap, latest_start
 from iotd.errors import DeadlineExceeded, Overloaded, Unavailable
 from iotd.events import Answered, Done, Failed, FinishReason, Timings
@@ -302,7 +302,7 @@ class Asks:
 
 def _least_slot(call: Call) -> Slot:
     assert call.planned is not None
-    return Slot(call.ask.deadline_s, call.planned.least_s)
+    return Slot(call.ask.deadline_s, call.planned.least_s * CAUTION)
 
 
 def _deadline(call: Call) -> float:

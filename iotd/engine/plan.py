@@ -123,9 +123,8 @@ class Planner:
         first_s, run_s, slow_s = image_s + prefill_s, self._run_s(work, end), self._run_s(work, end, slow=True)
         token_s = self._costs.form_s(1, end) - self._costs.form_s(0, end) if work.kind == "form" else 0.0
         least = {"text": min(LEAST_TOKENS, work.max_tokens), "form": LEAST_RUNS, "labels": 0}[work.kind]
-        least_s = image_s + prefill_s * (1 + self._costs.read_spread) / 2 + max(0, least - 1) * run_s
-        if least:
-            least_s += slow_s
+        least_s = image_s + prefill_s * (1 + self._costs.read_spread) / 2
+        least_s += max(0, least - 1) * (slow_s if work.kind == "form" else run_s) + slow_s * (least > 0)
         answer, thinking = self._shared(work, self._fits(work, end, time_s - first_s, run_s, slow_s), usual)
         kept = self._lengths.sentence if work.kind == "text" else usual
         reserved, reserved_thinking = min(answer, max(kept, least)), min(thinking, usual)
