@@ -214,6 +214,7 @@ def test_only_answers_cut_off_say_how_much_of_a_budget_is_used_and_how_they_end(
     assert (found.used.n, found.used.p50) == (3, 0.9)
     assert found.whole_sentences == Share(1, 3)
     assert found.broken_off == Share(1, 3)
+    assert found.whole_answers == Share(2, 4)
     formed = cut_off("{}", form="json_schema", valid=True)
     assert scored([formed]).whole_sentences == Share(0, 0)
     assert scored([formed, answered(form="regex", valid=False)]).valid == Share(1, 2)

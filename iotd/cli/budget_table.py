@@ -45,6 +45,7 @@ def _lines(score: LoadScore) -> Iterator[tuple[str, str]]:
     yield "used, more to say", _used(score.used)
     yield "  with no other ask", _used(score.used_alone)
     yield "whole sentences", f"{_counted(score.whole_sentences)}; with an ellipsis {_part(score.broken_off)}"
+    yield "  of all in words", _counted(score.whole_answers)
     yield "valid in form", _counted(score.valid)
     if score.right.of:
         yield "right and in time", f"{_counted(score.right)}; of accepted {_part(score.right_of_accepted)}"

@@ -175,6 +175,8 @@ class LoadScore:
     """Answers in words that the budget cut off, and that end with a sentence."""
     broken_off: Share
     """Of the same, those that say with an ellipsis that they do not."""
+    whole_answers: Share
+    """All answers in words, whether or not they were cut off, that end whole."""
     valid: Share
     """Answers that had to keep to a form."""
     right: Share
@@ -228,6 +230,7 @@ def score(
         used_alone=spread(a.end_s / a.budget_s for a in alone(asked) if a.cut),
         whole_sentences=_whole_sentences(more),
         broken_off=share((a for a in more if a.form == "free"), lambda a: breaks_off(a.text)),
+        whole_answers=share((a for a in accepted if a.form == "free" and not a.error), _whole),
         valid=share((a for a in accepted if a.valid is not None), lambda a: bool(a.valid)),
         right=_right(asked),
         right_of_accepted=_right(accepted),
@@ -288,6 +291,10 @@ def ends_with_sentence(text: str) -> bool:
 
 def breaks_off(text: str) -> bool:
     return _BROKEN_OFF.search(text) is not None
+
+
+def _whole(asked: Asked) -> bool:
+    return not asked.cut or ends_with_sentence(asked.text)
 
 
 def _whole_sentences(more: Iterable[Asked]) -> Share:
