@@ -298,16 +298,22 @@ class Answer:
         self._keep(generation)
 
     def _keep(self, generation: Generation) -> None:
-        """Time for the sentence that is being said; none where it is whole, by more than an ellipsis."""
-        meter, left = self._call.meter, self._call.reserved_left()
+        """Time for the sentence that is being said, and none behind it."""
         self._call.reserved_end_s = self._kit.clock()
         if self._whole:
-            said = meter.generation_tokens - meter.thinking_tokens
-            if not meter.whole_tokens and generation.finish_reason is not FinishReason.BUDGET:
-                self._kit.lengths.learn_sentence(said, whole=True)
-            meter.whole_tokens = said
-        elif left:
+            self._has_sentence(generation)
+        elif left := self._call.reserved_left():
             self._call.reserved_end_s += (left - 1) * self._run_s() + self._run_s(slow=True)
+
+    def _has_sentence(self, generation: Generation) -> None:
+        """All that was said is whole, unless an ellipsis makes it so."""
+        meter = self._call.meter
+        if generation.finish_reason is FinishReason.BUDGET:
+            return
+        said = meter.generation_tokens - meter.thinking_tokens
+        if not meter.whole_tokens:
+            self._kit.lengths.learn_sentence(said, whole=True)
+        meter.whole_tokens = said
 
     def _more_runs(self) -> int:
         """With fewer, one token is all that there is time for: no sentence is begun that others would cut in two."""

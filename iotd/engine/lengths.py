@@ -7,7 +7,7 @@ Answers = Literal["text", "form", "labels"]
 """Kinds of answers: free, of a given form, and labels weighed."""
 SEEN = 64
 """Answers of a kind that are looked at, the last ones."""
-USUAL, USUAL_SENTENCE = 0.9, 0.98
+USUAL = 0.9
 """Of them are no longer than what is usual."""
 MEMORY = 0.2
 """Of the newest answer, in the tokens of a run."""
@@ -34,24 +34,24 @@ class Lengths:
     def learn(self, kind: Answers, n: int) -> None:
         """One more answer has come to its end by itself."""
         self._seen[kind].append((n, True))
-        self._usual[kind] = _quantile(self._seen[kind], USUAL)
+        self._usual[kind] = _usual(self._seen[kind])
 
     def learn_sentence(self, n_tokens: int, *, whole: bool) -> None:
-        """So many tokens were the first sentence of one more answer; not whole: or its beginning."""
+        """One more answer had so many tokens to its first sentence's end, or, not whole, to where it was cut off."""
         self._sentences.append((n_tokens, whole))
-        self.sentence = min(_quantile(self._sentences, USUAL_SENTENCE), MOST_SENTENCE)
+        self.sentence = min(_usual(self._sentences), MOST_SENTENCE)
 
     def learn_run(self, n_tokens: float) -> None:
         """One more answer of a given form had so many tokens a run."""
         self.run_tokens += MEMORY * (n_tokens - self.run_tokens)
 
 
-def _quantile(seen: deque[tuple[int, bool]], part: float) -> int:
-    """Of lengths, some of which are known to be longer only (Kaplan and Meier, 1958); 1 at least."""
+def _usual(seen: deque[tuple[int, bool]]) -> int:
+    """The quantile of lengths, some of which are known to be longer only (Kaplan and Meier, 1958); 1 at least."""
     longer, at_risk = 1.0, len(seen)
     for n, whole in sorted(seen, key=lambda each: (each[0], not each[1])):
         longer -= longer / at_risk * whole
         at_risk -= 1
-        if longer <= 1 - part:
+        if longer <= 1 - USUAL:
             return max(1, n)
     return max(n for n, _ in seen)

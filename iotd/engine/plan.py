@@ -67,7 +67,7 @@ class Planned:
     token_s: float
     """Each token that such a run reads; 0 where it is always one, and in `run_s`."""
     least_s: float
-    """What the least answer takes, at a slow pace."""
+    """What the least answer takes, slow where it may be."""
     reserved_thinking: int
     """Of the tokens for thinking, those that are kept for it."""
     reserved_s: float
