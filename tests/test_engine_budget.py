@@ -78,7 +78,7 @@ THOUGHT_IN_THE_WAY = [
 def test_no_answer_is_late_and_none_has_no_word(
     asks: list[tuple[int, str, float]], flood: bool, eos_every: int
 ) -> None:
-    engine = costly(FakeModel(eos_every=eos_every), chunk_s=0.1)
+    engine = costly(FakeModel(eos_every=eos_every), chunk_s=0.1, queue=32)
     accepted: list[Asked] = []
 
     def turn(n: int) -> bool:
