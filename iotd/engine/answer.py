@@ -85,7 +85,7 @@ class Answer:
                 self._say(self._generation.close())
                 self._call.meter.generation_tokens = self._generation.n_tokens
             if reason is not FinishReason.CANCELLED:
-                self._learn_length(self._generation, reason)
+                self._learn_length(reason)
             self._say(self._generation.flush())
             ending = self._ending
             cut_off = self._free_text and reason is FinishReason.BUDGET
@@ -93,14 +93,13 @@ class Answer:
             self._name_session(reason)
         return reason
 
-    def _learn_length(self, generation: Generation, reason: FinishReason) -> None:
+    def _learn_length(self, reason: FinishReason) -> None:
         meter, lengths, cut = self._call.meter, self._kit.lengths, reason is FinishReason.BUDGET
         if self._free_text:
-            said = generation.n_tokens - generation.n_thinking_tokens
-            if said and not meter.whole_tokens:
-                lengths.learn_sentence(said, whole=reason is FinishReason.STOP)
+            if meter.answer_tokens and not meter.whole_tokens:
+                lengths.learn_sentence(meter.answer_tokens, whole=reason is FinishReason.STOP)
             if not cut:
-                lengths.learn("text", said)
+                lengths.learn("text", meter.answer_tokens)
         elif not cut:
             lengths.learn("form", meter.runs)
             lengths.learn_run(meter.run_tokens / max(1, meter.runs))
@@ -171,7 +170,7 @@ class Answer:
     def _runs_left(self) -> int:
         """Further runs of the model that there is time for; one at least until something was chosen."""
         assert self._generation is not None
-        ends_s, said = self._call.ask.deadline_s, self._generation.n_tokens - self._generation.n_thinking_tokens
+        ends_s, said = self._call.ask.deadline_s, self._call.meter.answer_tokens
         if said >= LEAST_TOKENS or self._generation.thinking:
             ends_s = self._kit.ends_s(self._call)
         left_s = ends_s - self._kit.clock()
@@ -280,10 +279,10 @@ class Answer:
         return found
 
     def _step(self, generation: Generation) -> None:
-        plan = self._plan
-        if self._runs_left() <= plan.answer_tokens or generation.n_tokens >= plan.thinking_tokens:
+        runs_left, plan = self._runs_left(), self._plan
+        if generation.thinking and (runs_left <= plan.answer_tokens or generation.n_tokens >= plan.thinking_tokens):
             generation.end_thought()
-        runs_left = self._runs_left()
+            runs_left = self._runs_left()  # the answer's first tokens may go on to its own deadline
         generation.haste = max(0.0, 1 - (runs_left - 1) / HASTE_TOKENS)
         guess = self._kit.drafting and runs_left > GUESS_TOKENS
         n_before, n_unread = generation.n_tokens, len(generation.unread)
@@ -307,13 +306,12 @@ class Answer:
 
     def _has_sentence(self, generation: Generation) -> None:
         """All that was said is whole, unless an ellipsis makes it so."""
-        meter = self._call.meter
         if generation.finish_reason is FinishReason.BUDGET:
             return
-        said = meter.generation_tokens - meter.thinking_tokens
+        meter = self._call.meter
         if not meter.whole_tokens:
-            self._kit.lengths.learn_sentence(said, whole=True)
-        meter.whole_tokens = said
+            self._kit.lengths.learn_sentence(meter.answer_tokens, whole=True)
+        meter.whole_tokens = meter.answer_tokens
 
     def _more_runs(self) -> int:
         """With fewer, one token is all that there is time for: no sentence is begun that others would cut in two."""

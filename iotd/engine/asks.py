@@ -171,9 +171,14 @@ class Asks:
         assert call.planned is not None
         if call is not self._running:
             return call.planned.reserved_s
+        return self._again_s(call, max(1, call.reserved_left()))
+
+    def _again_s(self, call: Call, n_tokens: int) -> float:
+        """What it takes to read all of it again and say so many tokens more."""
         planned = call.planned
+        assert planned is not None
         again_s = self._planner.again_s(call.work, planned.rung, call.meter.generation_tokens)
-        return again_s + max(1, call.reserved_left()) * (planned.run_s + planned.token_s)
+        return again_s + n_tokens * (planned.run_s + planned.token_s)
 
     def _look_ahead(self) -> None:
         """Those that wait are others now."""
@@ -211,9 +216,7 @@ class Asks:
         """The running call waits again."""
         with self._changed:
             assert call.planned is not None
-            again_s = self._planner.again_s(call.work, call.planned.rung, call.meter.generation_tokens)
-            least_s = again_s + call.planned.run_s + call.planned.token_s
-            call.planned = replace(call.planned, least_s=least_s, reserved_s=self._reserved_s(call))
+            call.planned = replace(call.planned, least_s=self._again_s(call, 1), reserved_s=self._reserved_s(call))
             call.preempted_at_s = now_s
             self._running = None
             self._waiting.append(call)

@@ -53,6 +53,11 @@ class Meter:
     run_tokens: int = 0
     """Read by these."""
 
+    @property
+    def answer_tokens(self) -> int:
+        """Said, but for thoughts."""
+        return self.generation_tokens - self.thinking_tokens
+
 
 class Call:
     """An ask with its sink."""
@@ -136,10 +141,10 @@ class Call:
     def reserved_left(self) -> int:
         """Tokens that are kept for its sentence and not said so far; runs, of an answer of a given form."""
         assert self.planned is not None
-        thought = self.meter.thinking_tokens
-        said = self.meter.runs if self.work.kind == "form" else self.meter.generation_tokens - thought
-        kept_thinking = 0 if said else max(0, self.planned.reserved_thinking - thought)
-        return max(0, self.planned.plan.reserved_tokens - (said - self.meter.whole_tokens)) + kept_thinking
+        meter = self.meter
+        said = meter.runs if self.work.kind == "form" else meter.answer_tokens
+        kept_thinking = 0 if said else max(0, self.planned.reserved_thinking - meter.thinking_tokens)
+        return max(0, self.planned.plan.reserved_tokens - (said - meter.whole_tokens)) + kept_thinking
 
     def trace(self) -> str:
         """Where the time went until the deadline, in words for the log; nothing of the question."""

@@ -89,7 +89,7 @@ class Planner:
         for rung in range(_rungs(work)):
             planned = self._at(work, rung, time_s, queue_s, usual)
             if work.hint_tokens and planned.plan.answer_tokens < min(work.max_tokens, AMPLE * usual):
-                planned = replace(self._at(_with_hint(work), rung, time_s, queue_s, usual), hint=True)
+                planned = self._hinted_at(work, rung, time_s, queue_s, usual)
             if planned.least_s > time_s:
                 continue
             best = planned
@@ -99,8 +99,7 @@ class Planner:
 
     def least(self, work: Work) -> Planned:
         """The plan that takes the least time."""
-        least = self._at(_with_hint(work), _rungs(work) - 1, 0.0, 0.0, 1)
-        return replace(least, hint=work.hint_tokens > 0)
+        return self._hinted_at(work, _rungs(work) - 1, 0.0, 0.0, 1)
 
     def again_s(self, work: Work, rung: int, n_said: int) -> float:
         """What it takes to read an ask's prompt again, and so many tokens that it has said."""
@@ -115,6 +114,10 @@ class Planner:
         sizes = _sizes(work, rung)
         size = run_size(sum(sizes), self._chunk_tokens)
         return [n for part in sizes for n in _cut(part, size)]
+
+    def _hinted_at(self, work: Work, rung: int, time_s: float, queue_s: float, usual: int) -> Planned:
+        """As `_at`; the model is told how long its answer may be, if it can be told."""
+        return replace(self._at(_with_hint(work), rung, time_s, queue_s, usual), hint=work.hint_tokens > 0)
 
     def _at(self, work: Work, rung: int, time_s: float, queue_s: float, usual: int) -> Planned:
         pictures = [part for part in work.parts if isinstance(part, Picture)]
