@@ -24,6 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from iotd.convert.convert import RECIPES
 from iotd.convert.quantize import dequantize, quantize
 from iotd.convert.random import special_tokens
+from iotd.convert.rounding import EMBEDDING, Nearest
 from iotd.convert.tokenizer import byte_tokenizer_json
 
 VOCAB = 307
@@ -182,4 +183,6 @@ def round_weights(network: Network) -> None:
         for name, parameter in network.named_parameters():
             kept = parameter.ndim != 2 or ".in_proj_a." in name or ".in_proj_b." in name or ".visual." in name
             if not kept:
-                parameter.copy_(torch.from_numpy(dequantize(quantize(parameter.numpy(), RECIPE.bits, RECIPE.block))))
+                untied = name.endswith("embed_tokens.weight") and not network.config.tie_word_embeddings
+                grid = Nearest(RECIPE).grid(EMBEDDING if untied else name)
+                parameter.copy_(torch.from_numpy(dequantize(quantize(parameter.numpy(), grid.bits, grid.block))))

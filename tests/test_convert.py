@@ -25,7 +25,7 @@ from checkpoints import (
     truncate,
 )
 
-from iotd.convert import convert, graph
+from iotd.convert import convert, graph, weights
 from iotd.convert.checkpoint import Checkpoint
 from iotd.convert.convert import convert_checkpoint, convert_random
 from iotd.convert.random import special_tokens
@@ -325,7 +325,7 @@ def test_large_matrices_are_read_in_slices(tmp_path: Path, monkeypatch: pytest.M
         return values
 
     monkeypatch.setattr(Checkpoint, "read", measured)
-    monkeypatch.setattr(graph, "SLICE_ELEMENTS", 1000)
+    monkeypatch.setattr(weights, "SLICE_ELEMENTS", 1000)
     convert_checkpoint(checkpoint, tmp_path / "sliced", recipe=recipe)
     whole, sliced = (contents(tmp_path / name) for name in ("whole", "sliced"))
     # The coarse head is made of a sample of slices.

@@ -38,6 +38,23 @@ def beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def work_folder(out: Path, plan: str) -> Iterator[Path]:
+    """A folder next to `out` for what takes long to compute: it outlives an interrupt, and is removed at the end.
+
+    plan: names what is computed; of another plan nothing is kept.
+    """
+    out = out.resolve()
+    folder = out.with_name(f".{out.name}-calibration")
+    marker = folder / "plan"
+    if not marker.exists() or marker.read_text() != plan:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        marker.write_text(plan)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _may_replace(out: Path) -> bool:
     """Nothing is there, or an empty folder, or a package with no other files in it."""
     if not out.exists():

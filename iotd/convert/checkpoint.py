@@ -97,6 +97,12 @@ class Checkpoint:
         """Elements of all tensors that iotd knows of."""
         return sum(math.prod(stored.shape) for stored in self._stored.values())
 
+    @property
+    def stamp(self) -> str:
+        """Changes with the files."""
+        paths = sorted({self.folder / "config.json", *(stored.path for stored in self._stored.values())})
+        return " ".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
+
     def stored_name(self, name: str) -> str:
         """What the checkpoint calls a tensor, or would call it if it had it."""
         if name in self._stored:

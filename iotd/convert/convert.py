@@ -1,22 +1,31 @@
 """Conversion from a checkpoint to a model package: written beside its place, then renamed: none is half done."""
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from iotd import __version__
 from iotd.convert import random
-from iotd.convert.beside import beside
+from iotd.convert.beside import beside, work_folder
+from iotd.convert.calibrate import Calibrated, Calibrator
 from iotd.convert.chat import compile_chat
 from iotd.convert.checkpoint import Checkpoint
 from iotd.convert.decoder import DecoderWriter
 from iotd.convert.graph import GraphWriter
-from iotd.convert.head import write_head
+from iotd.convert.head import head_matrix, write_head
+from iotd.convert.quality import Divergence, compare, float_logits, joined, quality
+from iotd.convert.rounding import EMBEDDING, Nearest, Rounding
+from iotd.convert.samples import Texts, sequences
 from iotd.convert.shortlist import Choice
 from iotd.convert.spec import spec_from_config
+from iotd.convert.stack import TextStack
 from iotd.convert.tokenizer import compile_tokenizer
 from iotd.convert.vision import VisionWriter
 from iotd.convert.weights import CheckpointWeights, Progress, Weights
@@ -26,24 +35,33 @@ from iotd.model.package import (
     CHAT,
     DECODER,
     FORMAT,
+    HEAD,
     TOKENIZER,
     VISION,
     HeadEntry,
     Manifest,
+    Quality,
     Recipe,
     Source,
     TableEntry,
     hash_file,
     write_manifest,
 )
+from iotd.model.session import Threads, open_session
 from iotd.model.spec import ModelSpec
 from iotd.model.tokenizer import Tokenizer
 
+SENSITIVE = ("v_proj", "down_proj")
 RECIPES = {
     "int4": Recipe(name="int4", bits=4, vision_bits=8, block=128),
+    "int4-64": Recipe(name="int4-64", bits=4, vision_bits=8, block=64),
+    "int4-32": Recipe(name="int4-32", bits=4, vision_bits=8, block=32),
+    "int4-mixed": Recipe(name="int4-mixed", bits=4, vision_bits=8, block=128, finer=SENSITIVE),
     "int8": Recipe(name="int8", bits=8, vision_bits=8),
     "fp32": Recipe(name="fp32", bits=32, vision_bits=32),
 }
+PASSES = 4
+"""Times the conversion of a matrix that its calibration takes, about: for the progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +76,23 @@ class Origin:
     weights: Weights
     tied: bool
     vision: bool
+    stamp: str
+    """Tells weights from others."""
+    n_elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What 4-bit matrices are rounded by."""
+
+    n_tokens: int = 8192
+    """Of the project's own texts, which are held against a quarter as many others."""
+    seed: int = 0
+    own: tuple[str, ...] = ()
+    """The user's lines, as the context has them; they take a third of the tokens."""
+
+
+THOROUGH = Calibration()
 
 
 def convert_checkpoint(
@@ -67,12 +102,15 @@ def convert_checkpoint(
     recipe: str = "int4",
     vision: bool = True,
     shortlist: Choice | None = None,
+    calibration: Calibration | None = None,
     source: Source | None = None,
     progress: Progress = lambda _: None,
 ) -> Manifest:
     """Convert the folder `checkpoint` into a new package at `out`. `progress` is told the elements read.
 
     shortlist: chooses the tokens that answers are made of, such as `shortlist.of_languages`; all of them by default.
+    calibration: the texts that 4-bit matrices are rounded by; None rounds each weight to the nearest level. What is
+    interrupted goes on where it was when it is called again with the same arguments.
 
     Raises CheckpointError where the checkpoint cannot be converted, where `out` is something else than an older
     package, or where there is no space left.
@@ -87,8 +125,10 @@ def convert_checkpoint(
         weights=CheckpointWeights(opened, progress),
         tied=_shares_its_head(opened),
         vision=vision and bool(opened.config.get("vision_config")),
+        stamp=opened.stamp,
+        n_elements=opened.n_elements,
     )
-    return _convert(origin, out, RECIPES[recipe], shortlist)
+    return _Conversion(origin, RECIPES[recipe], calibration, shortlist, progress).run(out)
 
 
 def convert_random(
@@ -98,6 +138,7 @@ def convert_random(
     recipe: str = "int4",
     vision: bool = True,
     shortlist: Choice | None = None,
+    calibration: Calibration | None = None,
     seed: int = 0,
     progress: Progress = lambda _: None,
 ) -> Manifest:
@@ -111,29 +152,123 @@ def convert_random(
         weights=random.RandomWeights(seed, progress),
         tied=config["text_config"]["tie_word_embeddings"],
         vision=vision,
+        stamp=f"random {size} {seed}",
+        n_elements=random.N_PARAMETERS[size],
     )
-    return _convert(origin, out, RECIPES[recipe], shortlist)
+    return _Conversion(origin, RECIPES[recipe], calibration, shortlist, progress).run(out)
 
 
-def _convert(origin: Origin, out: Path, recipe: Recipe, choose: Choice | None) -> Manifest:
-    spec = spec_from_config(origin.config, origin.folder, tied=origin.tied, vision=origin.vision)
-    with beside(out) as folder:
-        spec = _write_text(folder, spec, origin)
-        shortlist = None if choose is None else _shortlist(choose, folder, spec)
-        embedding, head = _write_graphs(folder, spec, origin.weights, recipe, shortlist)
+def n_steps(n_elements: int, recipe: str, calibration: Calibration | None) -> int:
+    """What the progress of a conversion adds up to."""
+    return n_elements * (1 + PASSES * (_calibrates(RECIPES[recipe], calibration)))
+
+
+def _calibrates(recipe: Recipe, calibration: Calibration | None) -> bool:
+    return calibration is not None and recipe.bits == 4
+
+
+class _Conversion:
+    """One conversion, from its origin to the manifest."""
+
+    def __init__(
+        self, origin: Origin, recipe: Recipe, calibration: Calibration | None, choose: Choice | None, progress: Progress
+    ) -> None:
+        self._origin = origin
+        self._calibration = calibration if _calibrates(recipe, calibration) else None
+        self._recipe = msgspec.structs.replace(recipe, calibrated=self._calibration is not None)
+        self._choose = choose
+        self._progress = progress
+
+    def run(self, out: Path) -> Manifest:
+        origin = self._origin
+        spec = spec_from_config(origin.config, origin.folder, tied=origin.tied, vision=origin.vision)
+        with beside(out) as folder:
+            spec = _write_text(folder, spec, origin)
+            shortlist = None if self._choose is None else _shortlist(self._choose, folder, spec)
+            if self._calibration is None:
+                tables = self._write_graphs(folder, spec, Nearest(self._recipe), shortlist)
+                return self._write_manifest(folder, spec, *tables)
+            with work_folder(out, self._plan()) as work:
+                texts = self._texts(folder, self._calibration)
+                found = self._calibrate(spec, texts, work)
+                tables = self._write_graphs(folder, spec, found.rounding, shortlist)
+                figures = self._quality(folder, spec, texts, found, shortlist)
+                return self._write_manifest(folder, spec, *tables, figures)
+
+    def _texts(self, folder: Path, calibration: Calibration) -> Texts:
+        tokenizer = Tokenizer.open(folder / TOKENIZER)
+        chat = ChatTemplate.from_json((folder / CHAT).read_bytes())
+        return sequences(tokenizer, chat, n_tokens=calibration.n_tokens, seed=calibration.seed, extra=calibration.own)
+
+    def _calibrate(self, spec: ModelSpec, texts: Texts, work: Path) -> Calibrated:
+        steps = PASSES * self._origin.n_elements
+        ids = [text.ids for text in (*texts.fit, *texts.held)]
+        stack = TextStack(spec, self._origin.weights)
+        advance = lambda part: self._progress(round(part * steps))  # noqa: E731
+        return Calibrator(stack, ids, len(texts.fit), self._recipe, work, advance).run()
+
+    def _quality(
+        self, folder: Path, spec: ModelSpec, texts: Texts, found: Calibrated, shortlist: Sequence[int] | None
+    ) -> tuple[Quality, ...]:
+        """Of the layers as they were calibrated and the head as it was written, on the texts that were held back."""
+        session = open_session(folder / HEAD, Threads(len(os.sched_getaffinity(0))))
+        reference = float_logits(head_matrix(spec, self._origin.weights, shortlist, again=True))
+        parts: dict[str, list[Divergence]] = {}
+        start = sum(len(text.ids) for text in texts.fit)
+        for text in texts.held:
+            rows = slice(start, start + len(text.ids))
+            both = found.reference[rows], found.hidden[rows]
+            ids = text.ids if shortlist is None else _at(text.ids, shortlist)
+            parts.setdefault(text.kind, []).extend(
+                compare(*both, ids, reference, lambda hidden: session.run(["logits"], {"hidden": hidden})[0])
+            )
+            start = rows.stop
+        return tuple(quality(kind, joined(found)) for kind, found in parts.items())
+
+    def _write_graphs(
+        self, folder: Path, spec: ModelSpec, rounding: Rounding, shortlist: Sequence[int] | None
+    ) -> tuple[TableEntry, HeadEntry]:
+        """Returns where the rows of embedding and head lie: the same ones where the head has a row for each token."""
+        weights = self._origin.weights
+        head = write_head(folder, spec, weights, rounding, shortlist)
+        embedding = head.table
+        with GraphWriter(folder / DECODER, rounding) as graph:
+            DecoderWriter(graph, spec, weights).write()
+            if not spec.tied or shortlist is not None:
+                table = weights.matrix(f"{EMBEDDING}.weight", spec.vocab_size, spec.hidden_size)
+                embedding = graph.table(EMBEDDING, table)
+        if spec.vision is not None:
+            with GraphWriter(folder / VISION, rounding) as graph:
+                VisionWriter(graph, spec.vision, spec.hidden_size, weights).write()
+        return embedding, head
+
+    def _write_manifest(
+        self,
+        folder: Path,
+        spec: ModelSpec,
+        embedding: TableEntry,
+        head: HeadEntry,
+        quality: tuple[Quality, ...] = (),
+    ) -> Manifest:
         manifest = Manifest(
             format=FORMAT,
             tool=f"iotd {__version__}",
-            name=origin.name,
-            source=origin.source,
-            recipe=recipe,
+            name=self._origin.name,
+            source=self._origin.source,
+            recipe=self._recipe,
             spec=spec,
             embedding=embedding,
             head=head,
             files={path.name: hash_file(path) for path in sorted(folder.iterdir())},
+            quality=quality,
         )
         write_manifest(folder, manifest)
-    return manifest
+        return manifest
+
+    def _plan(self) -> str:
+        """All that calibration depends on."""
+        parts = (__version__, np.__version__, self._origin.stamp, self._recipe, self._calibration)
+        return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()
 
 
 def _shortlist(choose: Choice, folder: Path, spec: ModelSpec) -> list[int]:
@@ -141,21 +276,11 @@ def _shortlist(choose: Choice, folder: Path, spec: ModelSpec) -> list[int]:
     return sorted({*choose(Tokenizer.open(folder / TOKENIZER)), *spec.eos_token_ids})
 
 
-def _write_graphs(
-    folder: Path, spec: ModelSpec, weights: Weights, recipe: Recipe, shortlist: Sequence[int] | None
-) -> tuple[TableEntry, HeadEntry]:
-    """Returns where the rows of embedding and head lie, which are the same where the head has a row for each token."""
-    head = write_head(folder, spec, weights, recipe, shortlist)
-    embedding = head.table
-    with GraphWriter(folder / DECODER, bits=recipe.bits, block=recipe.block) as graph:
-        DecoderWriter(graph, spec, weights).write()
-        if not spec.tied or shortlist is not None:
-            table = weights.matrix("text.embed_tokens.weight", spec.vocab_size, spec.hidden_size)
-            embedding = graph.table("text.embed_tokens", table)
-    if spec.vision is not None:
-        with GraphWriter(folder / VISION, bits=recipe.vision_bits, block=recipe.block) as graph:
-            VisionWriter(graph, spec.vision, spec.hidden_size, weights).write()
-    return embedding, head
+def _at(ids: NDArray[np.int64], shortlist: Sequence[int]) -> NDArray[np.int64]:
+    """Where each token stands on the shortlist; −1 of one that does not."""
+    listed = np.asarray(shortlist)
+    found = np.searchsorted(listed, ids).clip(max=len(listed) - 1)
+    return np.where(listed[found] == ids, found, -1)
 
 
 def _shares_its_head(checkpoint: Checkpoint) -> bool:

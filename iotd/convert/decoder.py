@@ -5,6 +5,8 @@ onnxruntime's contrib operator documentation. Past and present state are separat
 time. Hidden states are given only for the rows named in `hidden_rows`, which may be none.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from onnx import TensorProto
 
@@ -28,36 +30,55 @@ class DecoderWriter:
     def write(self) -> None:
         """Write the whole decoder."""
         graph, spec = self.graph, self.spec
-        self._declare()
+        graph.input("inputs_embeds", FLOAT, (1, "T", spec.hidden_size))
+        graph.input("hidden_rows", TensorProto.INT64, ("R",))
+        graph.output("hidden", FLOAT, (1, "R", spec.hidden_size))
+        self._declare(range(len(spec.layers)))
         residual = "inputs_embeds"
-        normed = graph.op(
-            "SimplifiedLayerNormalization",
-            residual,
-            self._norm("text.layers.0.input_layernorm"),
-            epsilon=self.spec.rms_eps,
-        )
-        for i, kind in enumerate(spec.layers):
-            mixed = self._deltanet(i, normed) if kind == "linear" else self._attention(i, normed)
-            normed, residual = self._add_and_norm(mixed, residual, f"text.layers.{i}.post_attention_layernorm")
-            mixed = self._mlp(i, normed)
+        normed = self._normalise(residual, "text.layers.0.input_layernorm")
+        for i in range(len(spec.layers)):
+            mixed, residual = self._layer(i, normed, residual)
             if i + 1 < len(spec.layers):
                 normed, residual = self._add_and_norm(mixed, residual, f"text.layers.{i + 1}.input_layernorm")
-        self._last_norm(mixed, residual)
+        mixed, residual = (graph.op("Gather", x, "hidden_rows", axis=1) for x in (mixed, residual))
+        self._normalise(graph.op("Add", mixed, residual), "text.norm", out="hidden")
 
-    def _declare(self) -> None:
+    def write_layer(self, i: int) -> None:
+        """Write one layer alone: `residual`, float32 [1, T, D], to `residual_out`."""
+        self._declare_residual("residual", "residual_out")
+        self._declare([i])
+        mixed, residual = self._layer(i, self._normalise("residual", f"text.layers.{i}.input_layernorm"), "residual")
+        self.graph.op("Add", mixed, residual, out="residual_out")
+
+    def write_end(self) -> None:
+        """Write the last norm alone: `residual`, float32 [1, T, D], to `hidden`."""
+        self._declare_residual("residual", "hidden")
+        self._normalise("residual", "text.norm", out="hidden")
+
+    def _declare_residual(self, before: str, after: str) -> None:
+        shape = (1, "T", self.spec.hidden_size)
+        self.graph.input(before, FLOAT, shape)
+        self.graph.output(after, FLOAT, shape)
+
+    def _declare(self, layers: Sequence[int]) -> None:
+        """What layers take and give beside the residual stream."""
         graph, spec = self.graph, self.spec
-        graph.input("inputs_embeds", FLOAT, (1, "T", spec.hidden_size))
-        graph.input("position_ids", TensorProto.INT64, (3, 1, "T"))
-        graph.input("hidden_rows", TensorProto.INT64, ("R",))
-        graph.input("last_position", TensorProto.INT32, (1,))
-        graph.input("total_positions", TensorProto.INT32, (1,))
-        graph.input("cos_table", FLOAT, ("P", spec.rotary_dim // 2))
-        graph.input("sin_table", FLOAT, ("P", spec.rotary_dim // 2))
-        graph.output("hidden", FLOAT, (1, "R", spec.hidden_size))
-        for name, shape in spec.state_shapes(0).items():
+        if any(spec.layers[i] == "full" for i in layers):
+            graph.input("position_ids", TensorProto.INT64, (3, 1, "T"))
+            graph.input("last_position", TensorProto.INT32, (1,))
+            graph.input("total_positions", TensorProto.INT32, (1,))
+            graph.input("cos_table", FLOAT, ("P", spec.rotary_dim // 2))
+            graph.input("sin_table", FLOAT, ("P", spec.rotary_dim // 2))
+        for name, shape in spec.state_shapes(0, layers).items():
             dims = tuple(side or "C" for side in shape)
             graph.input(f"past.{name}", FLOAT, dims)
             graph.output(f"present.{name}", FLOAT, dims)
+
+    def _layer(self, i: int, x: str, residual: str) -> tuple[str, str]:
+        """Of the normalised input what is to be added to the residual stream behind the layer, and that stream."""
+        mixed = self._deltanet(i, x) if self.spec.layers[i] == "linear" else self._attention(i, x)
+        normed, residual = self._add_and_norm(mixed, residual, f"text.layers.{i}.post_attention_layernorm")
+        return self._mlp(i, normed), residual
 
     def _deltanet(self, i: int, x: str) -> str:
         """Gated DeltaNet: convolved queries, keys and values drive the gated delta rule; the output is gated by z."""
@@ -208,18 +229,9 @@ class DecoderWriter:
         )
         return normed, total
 
-    def _last_norm(self, mixed: str, residual: str) -> None:
-        graph = self.graph
-        mixed, residual = (graph.op("Gather", x, "hidden_rows", axis=1) for x in (mixed, residual))
-        total = graph.op("Add", mixed, residual)
-        graph.op(
-            "SimplifiedLayerNormalization",
-            total,
-            self._norm("text.norm"),
-            out="hidden",
-            axis=-1,
-            epsilon=self.spec.rms_eps,
-        )
+    def _normalise(self, x: str, norm: str, out: str = "") -> str:
+        scale = self._norm(norm)
+        return self.graph.op("SimplifiedLayerNormalization", x, scale, out=out, axis=-1, epsilon=self.spec.rms_eps)
 
     def _norm_heads(self, x: str, scale: str, heads: int, size: int) -> str:
         """RMS norm of each head by itself, [1, T, heads · size]."""

@@ -3,6 +3,7 @@
 Knows operators and storage, not architectures: `convert.decoder` and `convert.vision` say what to compute.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,15 +12,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from iotd.convert.quantize import quantize
-from iotd.convert.weights import Matrix
-from iotd.model.package import Bits, Block, TableEntry
+from iotd.convert.rounding import Grid, Rounding
+from iotd.convert.weights import Matrix, slices
+from iotd.model.package import TableEntry
 
 MS = "com.microsoft"
 OPSET = 21
 INLINE_NBYTES = 4096
 ALIGNMENT = 4096  # onnxruntime maps external data by pages
-SLICE_ELEMENTS = 1 << 22  # weights are rounded in slices of rows of about this size: 16 MB as float32
 DTYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.uint8): TensorProto.UINT8,
@@ -27,13 +27,22 @@ DTYPES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A product with a matrix in a graph, and the value that is multiplied by it."""
+
+    x: str
+    weight: Matrix
+
+
 class GraphWriter:
     """One graph under construction. Values are named by strings; weights go to `<path>.data` at once."""
 
-    def __init__(self, path: Path, *, bits: Bits, block: Block) -> None:
+    def __init__(self, path: Path, rounding: Rounding) -> None:
         self.path = path
-        self.bits = bits
-        self.block = block
+        self.linears: dict[str, Linear] = {}
+        """The products so far, by the name of their matrix."""
+        self._rounding = rounding
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -71,48 +80,57 @@ class GraphWriter:
         if values.nbytes <= INLINE_NBYTES:
             self._initializers[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
         else:
-            self._declare(name, values.dtype, values.shape, self._write(values))
+            self._declare(name, DTYPES[values.dtype], values.shape, self._write(values))
         return name
 
     def linear(
         self, x: str, name: str, weight: Matrix, *, bias: NDArray[np.float32] | None = None, out: str = ""
     ) -> str:
         """Store a weight and multiply by it: x [..., columns] · weightᵀ (+ bias) → [..., rows]."""
+        self.linears[name] = Linear(x, weight)
         self.table(name, weight)
         return self.matmul(x, name, weight.columns, weight.rows, bias=bias, out=out)
 
     def matmul(
         self, x: str, name: str, columns: int, rows: int, *, bias: NDArray[np.float32] | None = None, out: str = ""
     ) -> str:
-        """Multiply by a matrix that `table` stored, in the writer's number of bits."""
-        if self.bits == 32:
+        """Multiply by a matrix that `table` stored."""
+        grid = self._rounding.grid(name)
+        if grid.bits == 32:
             product = self.op("FusedMatMul", x, name, out="" if bias is not None else out, domain=MS, transB=1)
             return product if bias is None else self.op("Add", product, self.constant(f"{name}.bias", bias), out=out)
-        inputs = [x, f"{name}.codes", f"{name}.scales"]
+        # Kept in 16 bits, and widened once when the graph is opened: the kernel takes float32 only.
+        scales = self.op("Cast", f"{name}.scales", to=TensorProto.FLOAT)
+        inputs = [x, f"{name}.codes", scales]
         if bias is not None:
             inputs += ["", "", self.constant(f"{name}.bias", bias)]
-        sizes = {"K": columns, "N": rows, "bits": self.bits, "block_size": self.block}
+        sizes = {"K": columns, "N": rows, "bits": grid.bits, "block_size": grid.block}
         return self.op("MatMulNBits", *inputs, out=out, domain=MS, accuracy_level=4, **sizes)
 
     def table(self, name: str, weight: Matrix) -> TableEntry:
-        """Store a matrix in the writer's number of bits and say where it lies."""
+        """Store a matrix as it is to be rounded, and say where it lies."""
+        grid = self._rounding.grid(name)
         codes_offset = self._align()
-        if self.bits == 32:
+        if grid.bits == 32:
             for start, stop in slices(weight):
                 self._data.write(weight.read(start, stop).tobytes())
-            self._declare(name, np.dtype(np.float32), (weight.rows, weight.columns), codes_offset)
-            return self._entry(codes_offset, 0)
+            self._declare(name, TensorProto.FLOAT, (weight.rows, weight.columns), codes_offset)
+            return self._entry(grid, codes_offset, 0)
         scales = []
-        for start, stop in slices(weight):
-            blocks = quantize(weight.read(start, stop), self.bits, self.block)
+        for blocks in self._rounding.blocks(name, weight):
             self._data.write(blocks.codes.tobytes())
             scales.append(blocks.scales)
-        shape = (weight.rows, *blocks.codes.shape[1:])
-        self._declare(f"{name}.codes", np.dtype(np.uint8), shape, codes_offset)
-        all_scales = np.concatenate(scales)
-        scales_offset = self._write(all_scales)
-        self._declare(f"{name}.scales", all_scales.dtype, all_scales.shape, scales_offset)
-        return self._entry(codes_offset, scales_offset)
+        self._declare(f"{name}.codes", TensorProto.UINT8, (weight.rows, *blocks.codes.shape[1:]), codes_offset)
+        scales_offset = self._align()
+        for part in scales:
+            self._data.write(bfloat16(part).tobytes())
+        self._declare(f"{name}.scales", TensorProto.BFLOAT16, (weight.rows, scales[0].shape[1]), scales_offset)
+        return self._entry(grid, codes_offset, scales_offset)
+
+    def show(self, value: str, *shape: int | str) -> None:
+        """Make an output, float32, of a value that is one of a node."""
+        if all(output.name != value for output in self._outputs):
+            self.output(value, TensorProto.FLOAT, shape)
 
     def __enter__(self) -> "GraphWriter":
         return self
@@ -131,11 +149,12 @@ class GraphWriter:
         model = helper.make_model(graph, opset_imports=opsets, producer_name="iotd", ir_version=10)
         self.path.write_bytes(model.SerializeToString())
 
-    def _entry(self, codes_offset: int, scales_offset: int) -> TableEntry:
+    def _entry(self, grid: Grid, codes_offset: int, scales_offset: int) -> TableEntry:
         return TableEntry(
             file=self.data_path.name,
-            bits=self.bits,
-            block=self.block,
+            bits=grid.bits,
+            block=grid.block,
+            scales="bfloat16",
             codes_offset=codes_offset,
             scales_offset=scales_offset,
         )
@@ -149,15 +168,14 @@ class GraphWriter:
         self._data.write(np.ascontiguousarray(values).tobytes())
         return offset
 
-    def _declare(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> None:
-        tensor = TensorProto(name=name, data_type=DTYPES[dtype], dims=shape, data_location=TensorProto.EXTERNAL)
-        length = dtype.itemsize * int(np.prod(shape))
+    def _declare(self, name: str, kind: int, shape: tuple[int, ...], offset: int) -> None:
+        tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+        length = self._data.tell() - offset
         for key, value in (("location", self.data_path.name), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
         self._initializers[name] = tensor
 
 
-def slices(weight: Matrix) -> list[tuple[int, int]]:
-    """First and last row, behind it, of each part in which a matrix is read."""
-    rows = max(1, SLICE_ELEMENTS // weight.columns)
-    return [(start, min(start + rows, weight.rows)) for start in range(0, weight.rows, rows)]
+def bfloat16(scales: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Their upper halves, which is all there is of values that bfloat16 can represent."""
+    return (scales.view(np.uint32) >> 16).astype("<u2")

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from iotd.convert.graph import GraphWriter, slices
-from iotd.convert.weights import Matrix, Weights
-from iotd.model.package import COARSE_HEAD, HEAD, HEAD_IDS, HeadEntry, Recipe
+from iotd.convert.graph import GraphWriter
+from iotd.convert.rounding import HEAD as NAME
+from iotd.convert.rounding import Rounding
+from iotd.convert.weights import Matrix, Weights, slices
+from iotd.model.package import COARSE_HEAD, HEAD, HEAD_IDS, HeadEntry
 from iotd.model.spec import ModelSpec
 
 Floats = NDArray[np.float32]
@@ -25,17 +27,17 @@ RANK_STEP = 32
 
 
 def write_head(
-    folder: Path, spec: ModelSpec, weights: Weights, recipe: Recipe, shortlist: Sequence[int] | None
+    folder: Path, spec: ModelSpec, weights: Weights, rounding: Rounding, shortlist: Sequence[int] | None
 ) -> HeadEntry:
     """Write both heads. shortlist: the tokens that have a logit, ascending; None gives one to each."""
-    matrix = _matrix(spec, weights, shortlist)
-    with GraphWriter(folder / HEAD, bits=recipe.bits, block=recipe.block) as graph:
+    matrix = head_matrix(spec, weights, shortlist)
+    with GraphWriter(folder / HEAD, rounding) as graph:
         hidden = _declare(graph, spec, matrix.rows)
-        table = graph.table("head", matrix)
-        graph.matmul(hidden, "head", matrix.columns, matrix.rows, out="logits")
-    matrix = _matrix(spec, weights, shortlist, again=True)
+        table = graph.table(NAME, matrix)
+        graph.matmul(hidden, NAME, matrix.columns, matrix.rows, out="logits")
+    matrix = head_matrix(spec, weights, shortlist, again=True)
     directions = _directions(matrix)
-    with GraphWriter(folder / COARSE_HEAD, bits=recipe.bits, block=recipe.block) as graph:
+    with GraphWriter(folder / COARSE_HEAD, rounding) as graph:
         hidden = _declare(graph, spec, matrix.rows)
         projected = graph.op("MatMul", hidden, graph.constant("directions", directions))
         graph.linear(projected, "coarse", _project(matrix, directions), out="logits")
@@ -49,7 +51,7 @@ def _declare(graph: GraphWriter, spec: ModelSpec, rows: int) -> str:
     return graph.input("hidden", TensorProto.FLOAT, ("R", spec.hidden_size))
 
 
-def _matrix(spec: ModelSpec, weights: Weights, shortlist: Sequence[int] | None, *, again: bool = False) -> Matrix:
+def head_matrix(spec: ModelSpec, weights: Weights, shortlist: Sequence[int] | None, *, again: bool = False) -> Matrix:
     name = "text.embed_tokens.weight" if spec.tied else "head.weight"
     whole = weights.matrix(name, spec.vocab_size, spec.hidden_size, again=again)
     if shortlist is None:

@@ -13,6 +13,8 @@ Floats = NDArray[np.float32]
 
 
 SMALLEST_SCALE = np.finfo(np.float32).tiny  # what is smaller has no finite inverse, and some kernels take it for zero
+FACTORS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+"""Of the scale that reaches a block's largest value, among which the best is searched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,54 +29,84 @@ class Blocks:
     columns: int
 
 
-SHRINKS = (1.0, 0.925, 0.85, 0.775, 0.7)
-"""Of a 4-bit block's scale: clipping its few largest values a little rounds all the others more finely."""
-
-
 def quantize(weight: Floats, bits: int, block: int) -> Blocks:
     """Round a float32 [rows, columns] matrix to `bits` (4 or 8) with one scale per `block` of a row.
 
     The last block is padded with zeros. The value of largest magnitude maps to the code of largest magnitude,
-    −2^(bits−1), so no code is wasted (the choice of llama.cpp's Q4_0); with 4 bits the scale is then shrunk as far as
-    that makes the sum of squared errors smaller. Scales are rounded to bfloat16 first, because ARM's KleidiAI kernels
-    keep only that much of them.
+    −2^(bits−1), so no code is wasted (the choice of llama.cpp's Q4_0). Scales are rounded to bfloat16 first, because
+    ARM's KleidiAI kernels keep only that much of them.
     """
-    rows, columns = weight.shape
-    blocks = -(-columns // block)
-    padded = np.zeros((rows, blocks * block), np.float32)
-    padded[:, :columns] = weight
-    grouped = padded.reshape(rows, blocks, block)
+    grouped = group(weight, block)
     zero = 1 << (bits - 1)
-    extreme = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=2)[..., None], axis=2)[..., 0]
-    largest = (extreme / -zero).astype(np.float32)
-    scales, levels = _rounded(grouped, largest, zero)
-    if bits == 4:
-        least = _error(grouped, scales, levels)
-        for shrink in SHRINKS[1:]:
-            shrunk = _rounded(grouped, largest * np.float32(shrink), zero)
-            error = _error(grouped, *shrunk)
-            better = error < least
-            scales[better], levels[better], least[better] = shrunk[0][better], shrunk[1][better], error[better]
-    codes = (levels + zero).astype(np.uint8)
+    scales = kept(_extreme(grouped) / np.float32(-zero))
+    return pack(levels(grouped, scales, zero), scales, bits, weight.shape[1])
+
+
+def search_scales(weight: Floats, bits: int, block: int, importance: Floats) -> Floats:
+    """The scales, float32 [rows, blocks], with the least sum of squared errors, each column's weighted by `importance`.
+
+    importance: float32 [columns], the mean square of what the column is multiplied by. Plain errors are no measure:
+    clipping the few large weights for them harms a real model more than it helps.
+    """
+    grouped = group(weight, block)
+    zero = 1 << (bits - 1)
+    unit = np.maximum(np.abs(grouped).max(axis=2), SMALLEST_SCALE)  # relative to it nothing overflows
+    values = grouped / unit[..., None]
+    weights = group(np.maximum(importance, 1e-6 * importance.max(initial=1e-30))[None], block)[0]
+    sign = np.sign(_extreme(grouped))
+    best = np.zeros_like(unit)
+    least = np.full_like(unit, np.inf)
+
+    def consider(scales: Floats) -> Floats:
+        scales = kept(scales * unit) / unit
+        found = levels(values, scales, zero)
+        error = np.einsum("rbk,bk->rb", np.square(values - found * scales[..., None]), weights)
+        better = error < least
+        best[better], least[better] = scales[better], error[better]
+        return found
+
+    for factor in FACTORS:
+        for reach in (-zero, zero - 1):  # which end of the codes the largest value goes to
+            consider((sign * factor / reach).astype(np.float32))
+    found = levels(values, best, zero)
+    squares = np.einsum("rbk,bk->rb", np.square(found), weights)
+    products = np.einsum("rbk,rbk,bk->rb", found, values, weights, optimize=True)
+    consider(np.divide(products, squares, out=best.copy(), where=squares > 0))
+    return kept(best * unit)
+
+
+def levels(grouped: Floats, scales: Floats, zero: int) -> Floats:
+    """The whole number of its scale, [rows, blocks], that each value of [rows, blocks, block] is rounded to."""
+    found: Floats = np.clip(np.rint(grouped * inverse(scales)[..., None]), -zero, zero - 1)
+    return found
+
+
+def inverse(scales: Floats) -> Floats:
+    """1 / scale, and 0 of a scale that is 0."""
+    return np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+
+
+def kept(scales: Floats) -> Floats:
+    """Scales as a package keeps them: nearest bfloat16, ties to even, as float32; 0 for the smallest."""
+    bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.where(np.abs(rounded) < SMALLEST_SCALE, np.float32(0), rounded)
+
+
+def group(weight: Floats, block: int) -> Floats:
+    """[rows, columns] → [rows, blocks, block], the last one padded with zeros."""
+    rows, columns = weight.shape
+    if columns % block:
+        weight = np.pad(weight, ((0, 0), (0, -columns % block)))
+    return weight.reshape(rows, -1, block)
+
+
+def pack(found: Floats, scales: Floats, bits: int, columns: int) -> Blocks:
+    """Levels, float32 [rows, blocks, block], as codes."""
+    codes = (found + (1 << (bits - 1))).astype(np.uint8)
     if bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
     return Blocks(np.ascontiguousarray(codes), scales, bits, columns)
-
-
-def _rounded(grouped: Floats, scales: Floats, zero: int) -> tuple[Floats, Floats]:
-    """The scales as they are kept, [rows, blocks], and the whole number of them that each value is, [..., block]."""
-    scales = _round_to_bfloat16(scales)
-    scales[np.abs(scales) < SMALLEST_SCALE] = 0
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
-    return scales, np.clip(np.rint(grouped * inverse[..., None]), -zero, zero - 1)
-
-
-def _error(grouped: Floats, scales: Floats, levels: Floats) -> Floats:
-    """Sum of squared errors of each block, relative to its largest value so that nothing overflows."""
-    unit = np.maximum(np.abs(grouped).max(axis=2, keepdims=True), SMALLEST_SCALE)
-    off = grouped / unit - levels * (scales[..., None] / unit)
-    found: Floats = np.einsum("rbk,rbk->rb", off, off)
-    return found
 
 
 def dequantize(blocks: Blocks) -> Floats:
@@ -86,8 +118,7 @@ def dequantize(blocks: Blocks) -> Floats:
     return np.ascontiguousarray(values.reshape(len(codes), -1)[:, : blocks.columns])
 
 
-def _round_to_bfloat16(values: Floats) -> Floats:
-    """Nearest bfloat16, ties to even, kept as float32."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
+def _extreme(grouped: Floats) -> Floats:
+    """Of each block the value of largest magnitude, with its sign."""
+    found: Floats = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=2)[..., None], axis=2)[..., 0]
+    return found

@@ -16,6 +16,10 @@ Progress = Callable[[int], None]
 """Called with the number of elements just read."""
 
 
+SLICE_ELEMENTS = 1 << 22
+"""Matrices are read in slices of rows of about this size: 16 MB as float32."""
+
+
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """A float32 [rows, columns] matrix that is read in slices of rows, so that it need never be whole in memory."""
@@ -27,6 +31,12 @@ class Matrix:
     @classmethod
     def of(cls, values: Floats) -> "Matrix":
         return cls(values.shape[0], values.shape[1], lambda start, stop: values[start:stop])
+
+
+def slices(weight: Matrix) -> list[tuple[int, int]]:
+    """First and last row, behind it, of each part in which a matrix is read."""
+    rows = max(1, SLICE_ELEMENTS // weight.columns)
+    return [(start, min(start + rows, weight.rows)) for start in range(0, weight.rows, rows)]
 
 
 class Weights(Protocol):

@@ -14,7 +14,9 @@ import msgspec
 from iotd.errors import PackageError
 from iotd.model.spec import ModelSpec
 
-FORMAT = 2
+FORMAT = 3
+READ_FORMATS = (2, 3)
+"""Format 2 keeps scales in 32 bits, and has no figures of quality."""
 MANIFEST = "manifest.json"
 DECODER = "decoder.onnx"
 HEAD = "head.onnx"
@@ -42,14 +44,19 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     bits: Bits
     vision_bits: Bits
     block: Block = 32
+    finer: tuple[str, ...] = ()
+    """Parts of the names of matrices that have 8 bits all the same."""
+    calibrated: bool = False
+    """Rounded so that what the matrices compute changes least; else each weight to the nearest level."""
 
 
 class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the rows of a matrix lie: `bits`-wide codes (or float32) and, for codes, one float32 scale per block."""
+    """Where the rows of a matrix lie: `bits`-wide codes (or float32) and, for codes, one scale per block."""
 
     file: str
     bits: Bits
     block: Block
+    scales: Literal["float32", "bfloat16"] = "float32"
     codes_offset: Offset
     scales_offset: Offset
 
@@ -60,6 +67,22 @@ class HeadEntry(msgspec.Struct, frozen=True, kw_only=True):
     rows: Annotated[int, msgspec.Meta(ge=1)]
     """One for each token that has a logit: all of them, or those that HEAD_IDS lists."""
     table: TableEntry
+
+
+class Quality(msgspec.Struct, frozen=True, kw_only=True):
+    """How near a package is to its float32 original, on texts of one kind that calibration did not see."""
+
+    kind: str
+    n_tokens: int
+    kld_mean: float
+    """Kullback-Leibler divergence of the next token's distribution, in nats."""
+    kld_median: float
+    kld_p99: float
+    top1: float
+    """Part of the tokens at which the likeliest one is the same."""
+    ppl: float
+    """Perplexity; `ppl_float` is that of the original."""
+    ppl_float: float
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +100,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     embedding: TableEntry
     head: HeadEntry
     files: dict[str, FileEntry]
+    quality: tuple[Quality, ...] = ()
+    """Measured at conversion; empty where it was not."""
 
     @property
     def fingerprint(self) -> str:
@@ -145,9 +170,10 @@ def _check_format(folder: Path, raw: bytes) -> None:
         found = msgspec.json.decode(raw, type=Versioned).format
     except ValueError as error:
         raise PackageError(f"{folder / MANIFEST} is damaged: {error}; convert the checkpoint again") from error
-    if found != FORMAT:
+    if found not in READ_FORMATS:
         raise PackageError(
-            f"{folder} has package format {found}, this iotd reads {FORMAT}; convert the checkpoint again"
+            f"{folder} has package format {found}, this iotd reads {' and '.join(map(str, READ_FORMATS))}; "
+            "convert the checkpoint again"
         )
 
 

@@ -8,6 +8,7 @@ Axis letters, used in every docstring of `iotd.model` and `iotd.convert`:
     N  patches of an image        n  tokens of an image (N / merge²)
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -86,11 +87,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Channels of the causal convolution: queries, keys and values side by side."""
         return 2 * self.linear_key_size + self.linear_value_size
 
-    def state_shapes(self, capacity: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every state tensor, all float32, in graph order."""
+    def state_shapes(self, capacity: int, layers: Sequence[int] | None = None) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every state tensor, all float32, in graph order. layers: of these alone."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for i, kind in enumerate(self.layers):
-            if kind == "linear":
+        for i in range(len(self.layers)) if layers is None else layers:
+            if self.layers[i] == "linear":
                 shapes[f"conv.{i}"] = (1, self.conv_kernel - 1, self.conv_channels)
                 shapes[f"recurrent.{i}"] = (1, self.linear_value_heads, self.linear_key_dim, self.linear_value_dim)
             else:

@@ -13,6 +13,7 @@ from iotd.errors import PackageError
 from iotd.model.package import TableEntry
 
 Floats = NDArray[np.float32]
+SCALES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
 
 
 class RowTable:
@@ -29,7 +30,7 @@ class RowTable:
             file = _File(path)
             self._codes = _Rows(file, entry.codes_offset, rows, codes, np.float32 if entry.bits == 32 else np.uint8)
             if entry.bits != 32:
-                self._scales = _Rows(file, entry.scales_offset, rows, (blocks,), np.float32)
+                self._scales = _Rows(file, entry.scales_offset, rows, (blocks,), SCALES[entry.scales])
         except (OSError, ValueError) as error:
             raise PackageError(
                 f"{path} does not hold the rows its manifest describes ({error}): convert it again"
@@ -46,9 +47,16 @@ class RowTable:
             return
         if self._bits == 4:
             codes = np.stack([codes & 0x0F, codes >> 4], axis=-1).reshape(*codes.shape[:2], -1)
-        scales = self._scales.read(token_ids)
+        scales = _widened(self._scales.read(token_ids))
         values = (codes.astype(np.float32) - (1 << (self._bits - 1))) * scales[..., None]
         out[...] = values.reshape(len(token_ids), -1)[:, : self._columns]
+
+
+def _widened(scales: NDArray[Any]) -> Floats:
+    """float32 of what is kept as float32, or as the upper half of it."""
+    if scales.dtype == np.float32:
+        return scales
+    return (scales.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 class _File:

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iotd.config import DEFAULT_SYSTEM
-from iotd.convert.calibration.blocks import Part
-from iotd.convert.calibration.chats import Writer
-from iotd.convert.calibration.own import split, windows
-from iotd.convert.calibration.passages import languages, packed, registers
+from iotd.convert.samples.blocks import Part
+from iotd.convert.samples.chats import Writer
+from iotd.convert.samples.own import split, windows
+from iotd.convert.samples.passages import languages, packed, registers
 from iotd.errors import InvalidInput
 from iotd.model.chat import ChatTemplate
 from iotd.model.tokenizer import Tokenizer

@@ -6,9 +6,9 @@ from itertools import cycle, islice
 from typing import TypeVar
 
 from iotd.config import DEFAULT_SYSTEM
-from iotd.convert.calibration.blocks import Part, read_blocks
-from iotd.convert.calibration.homes import Home, Said, Stream, homes
-from iotd.convert.calibration.questions import Exchange, draw, phrases
+from iotd.convert.samples.blocks import Part, read_blocks
+from iotd.convert.samples.homes import Home, Said, Stream, homes
+from iotd.convert.samples.questions import Exchange, draw, phrases
 from iotd.model.chat import ChatTemplate, Segment, TemplateText, Turn, UserText
 from iotd.model.endings import ends_sentence
 from iotd.model.tokenizer import Tokenizer

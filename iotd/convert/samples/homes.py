@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from iotd.convert.calibration.blocks import Part, read_blocks
+from iotd.convert.samples.blocks import Part, read_blocks
 
 _SLOT = re.compile(r"<([^<>]+)>")
 _RANGE = re.compile(r"(\+?)(-?[\d.]*\d)\.\.(-?[\d.]*\d)")

@@ -5,8 +5,8 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from iotd.convert.calibration.blocks import Part, read_blocks
-from iotd.convert.calibration.homes import Said
+from iotd.convert.samples.blocks import Part, read_blocks
+from iotd.convert.samples.homes import Said
 
 Told = Mapping[str, Said]
 Fill = dict[str, object]

@@ -4,7 +4,7 @@ import random
 from collections import deque
 from collections.abc import Iterator, Mapping
 
-from iotd.convert.calibration.blocks import LANGUAGES, Part, read_blocks
+from iotd.convert.samples.blocks import LANGUAGES, Part, read_blocks
 from iotd.model.tokenizer import Tokenizer
 
 Groups = Mapping[str, list[str]]

@@ -3,8 +3,8 @@
 `fit/` and `held/` have the texts: what weights are fitted to, and what the result is measured on. They share no topic.
 """
 
-from iotd.convert.calibration.own import read_lines
-from iotd.convert.calibration.pictures import pictures
-from iotd.convert.calibration.sequences import KINDS, OWN, Sequence, Texts, sequences
+from iotd.convert.samples.own import read_lines
+from iotd.convert.samples.pictures import pictures
+from iotd.convert.samples.sequences import KINDS, OWN, Sequence, Texts, sequences
 
 __all__ = ["KINDS", "OWN", "Sequence", "Texts", "pictures", "read_lines", "sequences"]

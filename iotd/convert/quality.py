@@ -1,0 +1,111 @@
+"""How far a quantised model's next-token distributions are from those of its float32 original.
+
+Knows no graph and no package: logits in, figures out.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iotd.convert.weights import Matrix, slices
+from iotd.model.package import Quality
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Logits = Callable[[Floats], Floats]
+"""Of hidden states, float32 [R, D], the logits, float32 [R, V]."""
+FIRST = 8
+"""Tokens of a text that are left out: what follows so little is anybody's guess."""
+ROWS = 64
+"""Positions of which logits are in memory at once."""
+LEAST_AGREEMENT_KLD = 0.3
+"""Nats, in the mean of all kinds of text, above which a package says that it is a poor one: more than twice what the
+usual 4-bit files (llama.cpp's Q4_K_M) of small models take (0.10 to 0.15 for SmolLM2-135M)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Position by position, each [n]."""
+
+    kld: Floats
+    """Kullback-Leibler divergence from the reference's distribution to the other, in nats."""
+    agree: NDArray[np.bool_]
+    """Whether the likeliest token is the same."""
+    surprise: Floats
+    """−log p of the token that follows, in nats; NaN where it has no logit."""
+    reference_surprise: Floats
+
+
+def divergence(reference: Floats, found: Floats, targets: Ints) -> Divergence:
+    """reference, found: logits, float32 [R, V]; a token without a logit has −∞ in both. targets: int64 [R],
+    −1 for one that has no logit."""
+    expected, actual = _log_softmax(reference), _log_softmax(found)
+    p = np.exp(expected)
+    terms = np.where(p > 0, p * (np.where(p > 0, expected, 0) - np.where(p > 0, actual, 0)), 0)
+    return Divergence(
+        kld=np.maximum(terms.sum(axis=1), 0).astype(np.float32),
+        agree=reference.argmax(axis=1) == found.argmax(axis=1),
+        surprise=_surprise(actual, targets),
+        reference_surprise=_surprise(expected, targets),
+    )
+
+
+def joined(parts: Iterable[Divergence]) -> Divergence:
+    """Behind each other."""
+    found = list(parts)
+    return Divergence(
+        np.concatenate([part.kld for part in found]),
+        np.concatenate([part.agree for part in found]),
+        np.concatenate([part.surprise for part in found]),
+        np.concatenate([part.reference_surprise for part in found]),
+    )
+
+
+def quality(kind: str, found: Divergence) -> Quality:
+    """The figures of one kind of text."""
+    return Quality(
+        kind=kind,
+        n_tokens=len(found.kld),
+        kld_mean=float(found.kld.mean()),
+        kld_median=float(np.median(found.kld)),
+        kld_p99=float(np.quantile(found.kld, 0.99)),
+        top1=float(found.agree.mean()),
+        ppl=float(np.exp(np.nanmean(found.surprise))),
+        ppl_float=float(np.exp(np.nanmean(found.reference_surprise))),
+    )
+
+
+def scored(length: int) -> slice:
+    """Of a text of so many tokens, the positions whose next token is judged."""
+    return slice(min(FIRST, length - 1), length - 1)
+
+
+def compare(
+    reference: Floats, found: Floats, ids: Ints, reference_logits: Logits, logits: Logits
+) -> Iterator[Divergence]:
+    """Of one text, by the hidden states behind each of its tokens, float32 [T, D], ROWS positions at a time."""
+    part = scored(len(ids))
+    for start in range(part.start, part.stop, ROWS):
+        rows = slice(start, min(start + ROWS, part.stop))
+        yield divergence(reference_logits(reference[rows]), logits(found[rows]), ids[rows.start + 1 : rows.stop + 1])
+
+
+def float_logits(head: Matrix) -> Logits:
+    """By a head in float32, read in slices of rows."""
+
+    def logits(hidden: Floats) -> Floats:
+        return np.concatenate([hidden @ head.read(start, stop).T for start, stop in slices(head)], axis=1)
+
+    return logits
+
+
+def _surprise(log_p: Floats, targets: Ints) -> Floats:
+    return np.where(targets < 0, np.float32(np.nan), -log_p[np.arange(len(targets)), targets])
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    found: Floats = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return found
