@@ -9,7 +9,7 @@ from iotd.model.tokenizer import Tokenizer
 
 Groups = Mapping[str, list[str]]
 
-_LEAST_TOKENS = 32
+_LEAST_TOKENS = 64
 """Of a piece, where its passage has as many."""
 _ENDS = tuple(end.encode() for end in (".", "!", "?", ":", "。", "！", "？", "\n"))
 

@@ -70,14 +70,14 @@ def sequences(
             field="calibration",
         )
     return Texts(
-        fit=_Part("fit", tokenizer, chat, length, n_tokens, seed).sequences(fit if lines else None),
-        held=_Part("held", tokenizer, chat, length, int(n_tokens * _HELD_SHARE), seed).sequences(
+        fit=_Maker("fit", tokenizer, chat, length, n_tokens, seed).sequences(fit if lines else None),
+        held=_Maker("held", tokenizer, chat, length, int(n_tokens * _HELD_SHARE), seed).sequences(
             held if lines else None
         ),
     )
 
 
-class _Part:
+class _Maker:
     """Makes the sequences of one part of the texts."""
 
     def __init__(
