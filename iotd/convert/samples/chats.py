@@ -30,7 +30,7 @@ PLAIN = ChatTemplate(
 _SYSTEMS = (DEFAULT_SYSTEM, DEFAULT_SYSTEM, "You are a helpful assistant.", "Answer in one short sentence.", "")
 _TALK, _THINKS, _HINTED, _EXACT, _BLANK = 0.25, 0.4, 0.1, 0.15, 0.2
 """How often: a question about something else than sensors; thoughts before an answer; a word about its length; exact
-figures before a question; no line before the first question."""
+figures before a question; a question about something else before all lines."""
 
 
 class Writer:
@@ -57,8 +57,8 @@ class Writer:
         for home in islice(_endless(self._homes, rng), n_sequences):
             stream = Stream(home, rng)
             ids = self.opening(rng.choice(_SYSTEMS))
-            if rng.random() >= _BLANK:
-                ids += self._plain(stream.date())
+            blank = rng.random() < _BLANK
+            ids += self._exchange(next(talks), rng) if blank else self._plain(stream.date())
             while len(ids) < self._length:
                 ids += self._round(stream, next(talks) if rng.random() < _TALK else None, rng)
             yield ids[: self._length]

@@ -9,9 +9,10 @@ from iotd.model.tokenizer import Tokenizer
 
 Groups = Mapping[str, list[str]]
 
-_LEAST_TOKENS = 64
+_LEAST_TOKENS = 96
 """Of a piece, where its passage has as many."""
-_ENDS = tuple(end.encode() for end in (".", "!", "?", ":", "。", "！", "？", "\n"))
+_ENDS = tuple(end.encode() for end in (".", "!", "?", "。", "！", "？", "\n"))
+_BREAK = "\n\n"
 
 
 def registers(part: Part) -> Groups:
@@ -46,16 +47,17 @@ def packed(
 
 def _pieces(groups: Groups, tokenizer: Tokenizer, rng: random.Random, most: int) -> Iterator[list[int]]:
     """From each group in turn the beginning of a passage; what it leaves of the passage comes when all have begun."""
+    gap = tokenizer.encode(_BREAK)
     queues = [deque[str | list[int]](rng.sample(passages, len(passages))) for passages in groups.values()]
     rng.shuffle(queues)
     while queues:
         for queue in queues:
             passage = queue.popleft()
-            ids = tokenizer.encode(f"{passage}\n\n") if isinstance(passage, str) else passage
+            ids = tokenizer.encode(passage + _BREAK) if isinstance(passage, str) else passage
             end = _end(ids, tokenizer, most)
             if ids[end:]:
                 queue.append(ids[end:])
-            yield ids[:end]
+            yield ids[:end] + (gap if ids[end:] else [])
         queues = [queue for queue in queues if queue]
 
 

@@ -1,14 +1,37 @@
-"""Pictures for calibrating a vision tower: drawn, with the textures and the light of photographs."""
+"""Pictures for calibrating a vision tower: drawn, with the textures, the colours and the light of photographs."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-Size = tuple[int, int]
+Random = np.random.Generator
 
 MIN_SIDE, MAX_SIDE = 224, 512
+"""Pixels."""
+
+_POWERS = (0.6, 1.0, 1.5)
+"""Of the textures: amplitude falls as 1 / frequency ** power, in photographs with about 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Canvas:
+    """A picture that is being drawn."""
+
+    rgb: Floats
+    """[H, W, 3], 0 is black and 1 is white."""
+    textures: list[Floats]
+    """Noise [H, W] of mean 0 and deviation 1, from rough to smooth."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.rgb.shape[0], self.rgb.shape[1]
+
+    def paint(self, cover: NDArray[Any], colour: NDArray[Any]) -> None:
+        """Lay a colour over the picture. cover: [H, W], 1 where nothing shines through."""
+        self.rgb[:] += cover[..., None].astype(np.float32) * (colour.astype(np.float32) - self.rgb)
 
 
 def pictures(n: int, seed: int) -> list[NDArray[np.uint8]]:
@@ -16,28 +39,19 @@ def pictures(n: int, seed: int) -> list[NDArray[np.uint8]]:
     return [_picture(np.random.default_rng((seed, i))) for i in range(n)]
 
 
-def _picture(rng: np.random.Generator) -> NDArray[np.uint8]:
+def _picture(rng: Random) -> NDArray[np.uint8]:
     height, width = (int(side) for side in rng.integers(MIN_SIDE, MAX_SIDE + 1, 2))
-    canvas = _background(rng, (height, width))
+    canvas = _Canvas(
+        np.zeros((height, width, 3), np.float32), [_noise(rng, (height, width), power) for power in _POWERS]
+    )
+    canvas.rgb[:] = _background(rng, canvas)
     layers = (_blob, _box, _stripes, _strokes, _shadow)
     for layer in rng.choice(len(layers), int(rng.integers(3, 12))):
         layers[layer](rng, canvas)
-    return _exposed(rng, canvas)
+    return _exposed(rng, canvas.rgb)
 
 
-def _background(rng: np.random.Generator, size: Size) -> Floats:
-    """A wall, a sky or a ground [H, W, 3], 0 to 1: one colour turning into another, and coloured 1/f noise."""
-    down, across = _axes(size)
-    angle = rng.uniform(0, 2 * np.pi)
-    ramp = 0.5 + 0.5 * (np.cos(angle) * (2 * across - 1) + np.sin(angle) * (2 * down - 1)) / np.sqrt(2)
-    first, second = rng.uniform(0.05, 0.95, (2, 3))
-    canvas = first + (second - first) * ramp[..., None]
-    noise = _noise(rng, size, rng.uniform(0.7, 1.6))[..., None] * rng.uniform(0.3, 1.0, 3)
-    return np.asarray(canvas + rng.uniform(0.02, 0.2) * noise, np.float32)
-
-
-def _noise(rng: np.random.Generator, size: Size, power: float) -> Floats:
-    """[H, W] of mean 0 and deviation 1, whose amplitude falls as 1 / frequency ** power."""
+def _noise(rng: Random, size: tuple[int, int], power: float) -> Floats:
     frequency = np.hypot(np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])[None])
     frequency[0, 0] = np.inf
     spectrum = np.fft.rfft2(rng.standard_normal(size)) / frequency**power
@@ -45,85 +59,109 @@ def _noise(rng: np.random.Generator, size: Size, power: float) -> Floats:
     return np.asarray(noise / noise.std(), np.float32)
 
 
-def _blob(rng: np.random.Generator, canvas: Floats) -> None:
-    """Something round with a texture of its own, lit from one side, with a sharp edge or a soft one."""
+def _colour(rng: Random) -> Floats:
+    """[3]: mostly muted, as of walls, wood, leaves and skin, and at times bright."""
+    chroma = rng.normal(0, 1, 3) * (0.3 if rng.random() < 0.15 else 0.06)
+    return np.asarray(np.clip(rng.uniform(0.05, 0.95) + chroma, 0, 1), np.float32)
+
+
+def _surface(rng: Random, canvas: _Canvas) -> Floats:
+    """A colour with a texture [H, W, 3]."""
+    texture = canvas.textures[rng.integers(len(canvas.textures))]
+    shifts = int(rng.integers(texture.shape[0])), int(rng.integers(texture.shape[1]))
+    noise = np.roll(texture, shifts, (0, 1))[..., None]
+    return np.asarray(_colour(rng) * (1 + np.float32(rng.uniform(0, 0.25)) * noise), np.float32)
+
+
+def _background(rng: Random, canvas: _Canvas) -> Floats:
+    """A wall, a sky or a ground [H, W, 3]: one surface turning into another, over the whole or at an edge."""
+    across, down = _axes(canvas)
+    angle = rng.uniform(0, 2 * np.pi)
+    along = np.cos(angle) * (across - 0.5) + np.sin(angle) * (down - 0.5)
+    ramp = _step(along * rng.choice((4.0, 12.0, 200.0)))[..., None]
+    return np.asarray(_surface(rng, canvas) * ramp + _surface(rng, canvas) * (1 - ramp), np.float32)
+
+
+def _blob(rng: Random, canvas: _Canvas) -> None:
+    """Something round, lit from one side, with a sharp edge or a soft one."""
     across, down, radius = _around(rng, canvas)
-    cover = 1 / (1 + np.exp((radius - 1) * rng.choice((6.0, 40.0))))
-    light = 1 + rng.uniform(0, 0.6) * (across * rng.uniform(-1, 1) + down * rng.uniform(-1, 1))
-    _paint(canvas, cover, _surface(rng, canvas) * np.clip(light, 0.2, 1.8)[..., None])
+    light = np.clip(1 + 0.6 * (across * rng.uniform(-1, 1) + down * rng.uniform(-1, 1)), 0.2, 1.8)
+    canvas.paint(_step((1 - radius) * rng.choice((6.0, 40.0))), _surface(rng, canvas) * light[..., None])
 
 
-def _box(rng: np.random.Generator, canvas: Floats) -> None:
+def _box(rng: Random, canvas: _Canvas) -> None:
     """Something square, such as a door or a window, turned a little."""
     across, down, _ = _around(rng, canvas)
-    cover = 1 / (1 + np.exp((np.maximum(abs(across), abs(down)) - 0.8) * 60))
-    _paint(canvas, cover, _surface(rng, canvas))
+    canvas.paint(_step((0.8 - np.maximum(abs(across), abs(down))) * 60), _surface(rng, canvas))
 
 
-def _stripes(rng: np.random.Generator, canvas: Floats) -> None:
+def _stripes(rng: Random, canvas: _Canvas) -> None:
     """A fence, blinds or tiles over a part of the picture."""
     across, down, radius = _around(rng, canvas)
     lines = np.cos(across * rng.uniform(8, 60)) > rng.uniform(-0.7, 0.7)
     if rng.random() < 0.4:
         lines &= np.cos(down * rng.uniform(8, 60)) > -0.8
-    _paint(canvas, lines * (radius < 1.2) * rng.uniform(0.3, 1.0), rng.uniform(0, 1, 3))
+    canvas.paint(lines * (radius < 1.2) * rng.uniform(0.3, 1.0), _colour(rng))
 
 
-def _strokes(rng: np.random.Generator, canvas: Floats) -> None:
+def _strokes(rng: Random, canvas: _Canvas) -> None:
     """Rows of short thin lines, as writing on a label or a sign has them."""
-    height, width = canvas.shape[:2]
+    height, width = canvas.size
     size = int(rng.integers(6, 28))
-    thick = max(1, size // 8)
-    colour = rng.choice((0.02, 0.98)) + rng.uniform(-0.02, 0.02, 3)
+    ink = np.float32(rng.choice((0.03, 0.97)))
     left, right = sorted(int(x) for x in rng.integers(0, width, 2))
     for top in range(int(rng.integers(0, height)), height - size, size * 2)[: int(rng.integers(1, 6))]:
         for x in range(left, right - size, max(2, size * 2 // 3)):
-            for _ in range(0 if rng.random() < 0.15 else 3):
-                a, b = rng.integers(0, size, 2)
-                tall, wide = (thick, size // 2) if rng.random() < 0.4 else (size - int(a), thick)
-                canvas[top + a : top + a + tall, x + b // 2 : x + b // 2 + wide] = colour
+            if rng.random() < 0.85:
+                _letter(rng, canvas.rgb[top : top + size, x : x + size], ink)
 
 
-def _shadow(rng: np.random.Generator, canvas: Floats) -> None:
+def _letter(rng: Random, rgb: Floats, ink: np.float32) -> None:
+    """Three strokes, upright or level, in a square part of a picture."""
+    size = len(rgb)
+    thick = max(1, size // 8)
+    for _ in range(3):
+        y, x = int(rng.integers(size)), int(rng.integers(size)) // 2
+        if rng.random() < 0.4:
+            rgb[y : y + thick, x : x + size // 2] = ink
+        else:
+            rgb[y:, x : x + thick] = ink
+
+
+def _shadow(rng: Random, canvas: _Canvas) -> None:
     """A half plane or something round in less light."""
     across, _, radius = _around(rng, canvas)
     edge = across if rng.random() < 0.5 else radius - 1
-    canvas *= (1 - rng.uniform(0.2, 0.8) / (1 + np.exp(edge * rng.uniform(3, 30))))[..., None]
+    canvas.rgb[:] *= (1 - rng.uniform(0.2, 0.8) * _step(-edge * rng.uniform(3, 30)))[..., None]
 
 
-def _exposed(rng: np.random.Generator, canvas: Floats) -> NDArray[np.uint8]:
-    """As a camera would give it: too bright, too dark, tinted, with the noise of its sensor; grey at times."""
+def _exposed(rng: Random, rgb: Floats) -> NDArray[np.uint8]:
+    """As a camera gives it: bright or dark, tinted, with the noise of its sensor, grey where it sees by infrared."""
     night = rng.random() < 0.3
-    light = rng.uniform(0.05, 0.35) if night else rng.uniform(0.7, 1.4)
-    seen = np.clip(canvas, 0, None) ** rng.uniform(0.8, 1.4) * light * rng.uniform(0.85, 1.15, 3)
+    light = rng.uniform(0.15, 0.45) if night else rng.uniform(0.7, 1.4)
+    seen = np.clip(rgb, 0, None) ** np.float32(rng.uniform(0.8, 1.4)) * (light * rng.uniform(0.88, 1.12, 3))
     if night and rng.random() < 0.5:
-        seen = np.repeat(seen.mean(axis=2, keepdims=True), 3, axis=2) * 2  # infrared
-    seen = seen + rng.normal(0, rng.uniform(0.02, 0.05) if night else 0.01, seen.shape)
+        seen = np.repeat(seen.mean(axis=2, keepdims=True), 3, axis=2) * 2
+    seen = seen + rng.standard_normal(seen.shape, np.float32) * (rng.uniform(0.01, 0.04) if night else 0.01)
     return np.asarray(np.clip(seen * 255, 0, 255).round(), np.uint8)
 
 
-def _around(rng: np.random.Generator, canvas: Floats) -> tuple[Floats, Floats, Floats]:
+def _around(rng: Random, canvas: _Canvas) -> tuple[Floats, Floats, Floats]:
     """Coordinates [H, W] about a random centre, turned and stretched: across, down, and the distance."""
-    down, across = _axes((canvas.shape[0], canvas.shape[1]))
-    across, down = across - rng.uniform(0, 1), down - rng.uniform(0, 1)
-    angle = rng.normal(0, 0.3)
-    turned = across * np.cos(angle) + down * np.sin(angle), down * np.cos(angle) - across * np.sin(angle)
-    across, down = (axis / rng.uniform(0.05, 0.35) for axis in turned)
-    return across, down, np.hypot(across, down)
+    across, down = _axes(canvas)
+    across, down = across - np.float32(rng.uniform(0, 1)), down - np.float32(rng.uniform(0, 1))
+    angle, (wide, tall) = rng.normal(0, 0.3), rng.uniform(0.05, 0.35, 2)
+    right = np.asarray((across * np.cos(angle) + down * np.sin(angle)) / wide, np.float32)
+    low = np.asarray((down * np.cos(angle) - across * np.sin(angle)) / tall, np.float32)
+    return right, low, np.hypot(right, low)
 
 
-def _axes(size: Size) -> tuple[Floats, Floats]:
-    """0 to 1 from top to bottom [H, 1], and from left to right [1, W]."""
-    height, width = size
-    return np.linspace(0, 1, height, dtype=np.float32)[:, None], np.linspace(0, 1, width, dtype=np.float32)[None]
+def _axes(canvas: _Canvas) -> tuple[Floats, Floats]:
+    """0 to 1 from left to right [1, W], and from top to bottom [H, 1]."""
+    height, width = canvas.size
+    return np.linspace(0, 1, width, dtype=np.float32)[None], np.linspace(0, 1, height, dtype=np.float32)[:, None]
 
 
-def _surface(rng: np.random.Generator, canvas: Floats) -> Floats:
-    """A colour with a texture [H, W, 3]."""
-    noise = _noise(rng, (canvas.shape[0], canvas.shape[1]), rng.uniform(0.3, 1.5))
-    return np.asarray(rng.uniform(0, 1, 3) * (1 + rng.uniform(0, 0.3) * noise[..., None]), np.float32)
-
-
-def _paint(canvas: Floats, cover: NDArray[Any], colour: NDArray[Any]) -> None:
-    """Lay a colour over the picture, as far as it covers."""
-    canvas += cover[..., None] * (colour - canvas)
+def _step(x: NDArray[Any]) -> NDArray[Any]:
+    """From 0 far below 0 to 1 far above it."""
+    return np.asarray(0.5 + 0.5 * np.tanh(x))
