@@ -26,6 +26,7 @@ from iotd.model.tokenizer import TextStream
 MODULUS = (1 << 61) - 1
 CONTROLS = ["<user>", "<system>", "<end>", "<image>", "</image>", "<close>", "<think>", "</think>"]
 """Control tokens; their ids follow those of the bytes."""
+SHOWN = [bytes([n]) for n in range(256)] + [name.encode() for name in CONTROLS]
 VOCAB = 256 + len(CONTROLS) + 1
 EOS = VOCAB - 1
 PIXELS_PER_SIDE = 2
@@ -94,13 +95,7 @@ class FakeState:
     @property
     def text(self) -> str:
         """What was read, with control tokens in angle brackets and `#` for each token of an image."""
-        return "".join(map(_shown, self.trace)).encode("latin-1").decode()
-
-
-def _shown(item: Any) -> str:
-    if isinstance(item, bytes):
-        return "#"
-    return chr(item) if item < 256 else CONTROLS[item - 256]
+        return b"".join([b"#" if isinstance(item, bytes) else SHOWN[item] for item in self.trace]).decode()
 
 
 class FakeTokenizer:

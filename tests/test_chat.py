@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Reference
@@ -177,7 +177,6 @@ def conversations(content: st.SearchStrategy[Any]) -> st.SearchStrategy[Messages
     return st.builds(lambda first, some, one, more: [*first, *some, one, *more], system, turns, user, turns)
 
 
-@settings(deadline=None)
 @given(messages=conversations(st.one_of(TEXT, PARTS)), thinking=st.booleans(), opens=st.booleans())
 def test_ids_equal_those_of_the_template_rendered_whole(
     qwen: ChatTemplate, tokenizer: Tokenizer, messages: Messages, thinking: bool, opens: bool
@@ -189,7 +188,6 @@ def test_ids_equal_those_of_the_template_rendered_whole(
     assert REFERENCE.encode(text).ids == [token for run in runs for token in (run if isinstance(run, list) else pad)]
 
 
-@settings(deadline=None)
 @given(messages=conversations(TEXT), opens=st.booleans())
 def test_text_that_is_not_trimmed_meets_the_templates_line_break(
     qwen2: ChatTemplate, tokenizer: Tokenizer, messages: Messages, opens: bool
@@ -200,7 +198,6 @@ def test_text_that_is_not_trimmed_meets_the_templates_line_break(
     assert [REFERENCE.encode(text).ids] == runs
 
 
-@settings(deadline=None)
 @given(
     system=TEXT, lines=st.lists(TEXT.map(lambda text: f"[14:03] {text}\n")), question=TEXT.map(lambda text: f"? {text}")
 )
@@ -218,7 +215,6 @@ def test_a_stream_read_piece_by_piece_has_the_ids_of_the_whole(
     assert REFERENCE.encode(f"{head}<|im_start|>user\n{body}{tail}").ids == ids
 
 
-@settings(deadline=None)
 @given(messages=conversations(TEXT), where=st.randoms())
 def test_control_tokens_of_users_never_become_ids(
     qwen: ChatTemplate, tokenizer: Tokenizer, messages: Messages, where: Any

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scripted_decoder import Script
 
@@ -48,7 +48,6 @@ def test_every_token_that_ends_a_sentence_does_so(model: Model) -> None:
     assert model.tokenizer.decode(model.endings.ellipsis) == "…"
 
 
-@settings(deadline=None)
 @given(haste=st.floats(0, 1), stop=st.floats(0.1, 9.9), end=st.floats(0.1, 9.9), n_before=st.integers(1, 10))
 def test_haste_leads_to_ends_that_are_near_enough(
     model: Model, haste: float, stop: float, end: float, n_before: int

@@ -72,7 +72,7 @@ THOUGHT_IN_THE_WAY = [
 """The last one is accepted behind a thought that has to end for it."""
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @example(asks=THOUGHT_IN_THE_WAY, flood=False, eos_every=0)
 @given(asks=st.lists(ASKS, min_size=1, max_size=14), flood=st.booleans(), eos_every=st.sampled_from((0, 15)))
 def test_what_is_accepted_ends_by_its_deadline(asks: list[tuple[int, str, float]], flood: bool, eos_every: int) -> None:

@@ -189,7 +189,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(STEPS)
 def test_whatever_comes_between_a_session_says_what_its_own_conversation_gives(steps: list[tuple[str, int]]) -> None:
     engine = engine_with(sessions=2)

@@ -103,7 +103,7 @@ def run(generation: ConstrainedGeneration) -> str:
     return text + generation.flush().answer
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(value=SCHEMAS, seed=st.integers(0, 1000))
 def test_behind_every_token_a_closing_makes_it_valid(model: Model, value: Any, seed: int) -> None:
     """Tokens are taken at random: of a form, what is seldom is met as often as what is common."""
@@ -124,7 +124,7 @@ def as_bytes(model: Model, tokens: list[int]) -> bytes:
     return b"".join(map(model.tokenizer.token_bytes, tokens))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(value=SCHEMAS, seed=st.integers(0, 1000), spare=st.integers(0, 30))
 def test_an_answer_is_valid_whatever_its_length(model: Model, value: Any, seed: int, spare: int) -> None:
     """From the shortest that fits, by max_tokens or by the context's end; and it never takes more."""
@@ -138,7 +138,7 @@ def test_an_answer_is_valid_whatever_its_length(model: Model, value: Any, seed: 
         assert generation.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(value=SCHEMAS, seed=st.integers(0, 1000), n_steps=st.integers(1, 20))
 def test_an_answer_is_valid_wherever_it_is_closed(model: Model, value: Any, seed: int, n_steps: int) -> None:
     generation = begun(model, schema(value), Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=seed))
@@ -156,7 +156,7 @@ def test_nothing_is_closed_that_was_not_begun(model: Model) -> None:
     assert generation.close() == generation.flush() == Said()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), max_tokens=st.integers(12, 40))
 @pytest.mark.parametrize("pattern", ["[0-9]{4}-[0-9]{2}", "(ab)*c", "[a-z]*Q", ".*end", "x|y+|", "[à-ü]{2,5}°"])
 def test_a_regular_expression_matches_the_whole_answer(model: Model, pattern: str, seed: int, max_tokens: int) -> None:
@@ -165,7 +165,7 @@ def test_a_regular_expression_matches_the_whole_answer(model: Model, pattern: st
     assert re.fullmatch(pattern, text, re.DOTALL)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(choices=st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=5, unique=True), seed=st.integers(0, 99))
 def test_one_of_the_choices_is_the_answer(model: Model, choices: list[str], seed: int) -> None:
     """Whatever stands in them: quotes, line breaks, characters that the tokenizer would normalise."""

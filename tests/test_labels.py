@@ -77,7 +77,7 @@ def test_a_label_of_one_token_takes_no_run(model: Model) -> None:
     assert probabilities(weighed) == pytest.approx(odds / odds.sum(), abs=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=8, unique=True))
 def test_every_log_probability_is_that_of_its_tokens_one_by_one(model: Model, texts: list[str]) -> None:
     """Of labels whose mean is asked for nothing is taken off; few letters make many common beginnings."""
@@ -88,7 +88,7 @@ def test_every_log_probability_is_that_of_its_tokens_one_by_one(model: Model, te
     assert probabilities(weighed) == pytest.approx(weights / weights.sum())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=8, unique=True))
 def test_no_answer_counts_for_two_labels(model: Model, texts: list[str]) -> None:
     """A label's own probability lacks those of the longer labels that it begins, and with none of them all are 1."""

@@ -34,7 +34,6 @@ def test_what_was_not_said_before_has_no_draft(said: list[int]) -> None:
     assert Lookup(said).draft(4) == []
 
 
-@settings(deadline=None)
 @given(first=st.lists(st.integers(0, 3), max_size=30), pieces=st.lists(st.lists(st.integers(0, 3)), max_size=6))
 def test_said_at_once_or_in_pieces_is_the_same(first: list[int], pieces: list[list[int]]) -> None:
     lookup = Lookup(first)
@@ -125,7 +124,7 @@ def ids_of(model: Model, sampling: Sampling) -> list[int]:
     return drawn
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data(), seed=st.integers(0, 1000), temperature=st.sampled_from([0.0, 0.8]))
 def test_whatever_is_guessed_the_answer_is_the_same(model: Model, data: Any, seed: int, temperature: float) -> None:
     """Right guesses, wrong ones, and mixtures of both; greedy and drawn."""

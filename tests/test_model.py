@@ -47,7 +47,7 @@ def recipe(request: pytest.FixtureRequest, tiny_package: Path, tiny_int4_package
     return model, model.prefill(model.new_state(300), IDS), TOLERANCE[name]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(cuts=st.lists(st.integers(1, 299), unique=True, max_size=6).map(sorted))
 def test_any_chunking_gives_the_same_logits(recipe: tuple[Model, Floats, float], cuts: list[int]) -> None:
     model, expected, tolerance = recipe
@@ -205,7 +205,7 @@ def texts_in_pieces(draw: st.DrawFn) -> list[str]:
 STOP = st.text("ab\n", min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(pieces=texts_in_pieces(), stop=STOP)
 def test_an_answer_goes_up_to_its_stop_string(pieces: list[str], stop: str) -> None:
     """However the text comes, no part of the stop string is ever told; without one, all of the text is."""
@@ -218,7 +218,7 @@ def test_an_answer_goes_up_to_its_stop_string(pieces: list[str], stop: str) -> N
         assert stops.met or stop.startswith(held)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(pieces=texts_in_pieces(), given_stops=st.lists(STOP, max_size=4))
 def test_no_stop_string_is_ever_told(pieces: list[str], given_stops: list[str]) -> None:
     """Of several, the answer ends before the first that is whole."""

@@ -21,7 +21,10 @@ from iotd.mqtt.publisher import Publisher
 
 pytest_plugins = ("broker",)
 
-NOW = pytest.approx(time.time(), abs=3600)
+
+def is_now(time_s: float) -> bool:
+    """But for the time that an event took to get there."""
+    return 0 <= time.time() - time_s < 300
 
 
 def picture() -> bytes:
@@ -88,7 +91,8 @@ def test_it_resumes_after_the_broker_was_killed_and_started_again(
     assert listen(mosquitto.port, "iotd/n/availability").next()[1] == "online"
     with Publisher(mosquitto.host, mosquitto.port) as publisher:
         publisher.publish("home/a/temperature", "5")
-        assert linked.next() == Reading("a temperature", "5 °C", NOW)
+        read = linked.next()
+        assert (read.source, read.text, is_now(read.time_s)) == ("a temperature", "5 °C", True)
     assert linked.link.status().reconnects == 1
 
 
@@ -156,7 +160,8 @@ def test_bad_payloads_are_counted_and_disturb_nothing(mosquitto: Mosquitto, link
         publisher.publish("home/camera/hall", bytes(10_001))
         publisher.publish("home/camera/yard", picture())
         publisher.publish("home/a/temperature", "1")
-        assert linked.next() == Reading("a temperature", "1 °C", NOW)
+        read = linked.next()
+        assert (read.source, read.text, is_now(read.time_s)) == ("a temperature", "1 °C", True)
     until(lambda: linked.link.status().counters["dropped_too_large"] == 2)
     counted = {name: n for name, n in linked.link.status().counters.items() if name.startswith("dropped") and n}
     assert counted == {
@@ -245,7 +250,8 @@ def test_changed_subscriptions_hold_after_a_restart_of_the_broker(mosquitto: Mos
     linked.connected()
     with Publisher(mosquitto.host, mosquitto.port) as publisher:
         publisher.publish("new", "1")
-        assert linked.next() == Reading("new", "1", NOW)
+        read = linked.next()
+        assert (read.source, read.text, is_now(read.time_s)) == ("new", "1", True)
 
 
 def test_a_second_daemon_with_the_same_name_is_named_in_the_log(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
@@ -36,7 +36,6 @@ def scale_of_each(blocks: Blocks, block: int) -> Floats:
     return np.repeat(blocks.scales, block, axis=1)[:, : blocks.columns]
 
 
-@settings(deadline=None)
 @given(weight=MATRICES, bits=BITS, block=BLOCK)
 def test_no_element_is_off_by_more_than_its_step(weight: Floats, bits: int, block: int) -> None:
     """Half a step; for those beyond the codes by as much as they are beyond, for which the others are nearer."""
@@ -55,7 +54,6 @@ def on_grid(bits: Any) -> Nearest:
     return Nearest(Recipe(name="test", bits=bits, vision_bits=bits, block=32))
 
 
-@settings(deadline=None)
 @given(weight=MATRICES, block=BLOCK, seed=st.integers(0, 9))
 def test_a_searched_scale_leaves_less_error_in_each_block(weight: Floats, block: int, seed: int) -> None:
     """Than one that reaches the largest value: never more of it, in the sum of squares weighted by importance."""
@@ -71,7 +69,6 @@ def squares(blocks: Blocks, weight: Floats, block: int, importance: Floats) -> N
     return np.add.reduceat(off, np.arange(0, weight.shape[1], block), axis=1)
 
 
-@settings(deadline=None)
 @given(weight=MATRICES, block=BLOCK)
 def test_with_8_bits_the_largest_of_a_block_is_kept(weight: Floats, block: int) -> None:
     """Up to the rounding of its scale."""
@@ -85,7 +82,6 @@ def test_with_8_bits_the_largest_of_a_block_is_kept(weight: Floats, block: int) 
         assert (off <= ROUNDING * np.abs(largest) + 256 * SMALLEST_SCALE).all()
 
 
-@settings(deadline=None)
 @given(weight=MATRICES, bits=BITS, block=BLOCK)
 def test_scales_are_bfloat16_and_have_an_inverse(weight: Floats, bits: int, block: int) -> None:
     scales = quantize(weight, bits, block).scales
@@ -93,7 +89,6 @@ def test_scales_are_bfloat16_and_have_an_inverse(weight: Floats, bits: int, bloc
     assert np.isfinite(1 / scales[scales != 0]).all()
 
 
-@settings(deadline=None)
 @given(weight=MATRICES, bits=BITS, block=BLOCK)
 def test_blocks_do_not_know_of_each_other(weight: Floats, bits: int, block: int) -> None:
     """Each is rounded as if it were alone, so slices of rows give what the whole gives."""

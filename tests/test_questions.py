@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from iotd.demo.devices import Report
@@ -256,7 +256,6 @@ def test_noise_is_never_right(kind: str, form: str) -> None:
         assert not question.right(f"Yes {EVERYTHING}")
 
 
-@settings(deadline=None)
 @given(st.text(), st.sampled_from(sorted(KIND_WEIGHTS)), st.sampled_from(["sentence", "json"]))
 def test_any_text_can_be_judged(text: str, kind: str, form: str) -> None:
     assert drawn(kind, form=form).right(text) in (True, False)

@@ -147,8 +147,9 @@ def test_the_deadline_is_the_soonest_of_budget_grpc_deadline_and_maximum(
     ask = daemon.engine.next().ask
     after_s = time.monotonic()
     assert before_s <= ask.arrived_s <= after_s
-    # gRPC carries a timeout in whole milliseconds, and counts it from the moment of the call.
-    assert before_s - 0.02 <= ask.deadline_s - expected_s <= after_s + 0.01
+    # gRPC carries a timeout in whole milliseconds, and counts it from the moment of the call. It is looked at behind
+    # the arrival: where a busy machine stalls in between, the deadline is so much sooner.
+    assert before_s - 1.0 <= ask.deadline_s - expected_s <= after_s + 0.01
 
 
 def test_cancelling_the_call_cancels_the_ticket(daemon: Daemon, stub: Any) -> None:

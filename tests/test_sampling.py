@@ -31,7 +31,6 @@ def vocabularies(draw: st.DrawFn) -> Floats:
     return random.integers(-n_values, n_values, size).astype(np.float32)
 
 
-@settings(deadline=None)
 @given(logits=vocabularies(), k=st.integers(1, 30))
 @example(logits=np.zeros(1, np.float32), k=5)
 @example(logits=np.arange(40 * BLOCK, dtype=np.float32), k=3)
@@ -43,7 +42,6 @@ def test_top_k_is_that_of_a_full_sort(logits: Floats, k: int) -> None:
     np.testing.assert_array_equal(np.sort(logits)[::-1][:k], logits[found])
 
 
-@settings(deadline=None)
 @given(logits=vocabularies(), seed=st.integers(0, 1000))
 def test_without_temperature_the_likeliest_is_taken(logits: Floats, seed: int) -> None:
     for sampling in (Sampling(temperature=0.0, seed=seed), Sampling(temperature=1.0, top_k=1, seed=seed)):
@@ -69,7 +67,7 @@ def drawn(logits: Floats, sampling: Sampling, count: int) -> set[int]:
     return {Sampler(replace(sampling, seed=seed)).draw(logits) for seed in range(count)}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(logits=SMALL, top_p=st.floats(0.01, 1.0), temperature=st.sampled_from([0.5, 1.0, 3.0]))
 def test_top_p_keeps_the_smallest_set_that_reaches_it(logits: Floats, top_p: float, temperature: float) -> None:
     """Nothing outside of it is drawn: all that is drawn is as likely as its least likely member, or more."""
@@ -112,7 +110,6 @@ def test_tokens_come_as_often_as_the_model_says(change: dict[str, Any], temperat
     assert (np.abs(counts - N_DRAWS * expected) <= SIGMAS * deviation).all()
 
 
-@settings(deadline=None)
 @given(logits=SMALL, penalty=st.floats(-2, 2, width=16))
 def test_the_penalty_is_taken_off_what_was_drawn_once_each(logits: Floats, penalty: float) -> None:
     """However often it was drawn, and before the likeliest is taken."""
@@ -138,7 +135,7 @@ def test_without_a_seed_every_answer_has_its_own() -> None:
     assert len({Sampler(replace(PLAIN, seed=None)).draw(logits) for _ in range(8)}) > 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(logits=SMALL, temperature=st.sampled_from([1e-4, 0.01, 100.0]))
 def test_extreme_temperatures_draw_a_token(logits: Floats, temperature: float) -> None:
     """Without a warning of overflow."""

@@ -164,7 +164,7 @@ def saved(model: Model, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_damage_to_the_file_goes_unnoticed(saved: bytes, tmp_path: Path, data: st.DataObject) -> None:
     """A cut at any place is an error; so is a changed byte, unless it changes nothing that is read."""

@@ -50,7 +50,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(before=TOKENS, after=TOKENS)
 def test_a_copy_goes_on_as_if_it_had_never_left(model: Model, before: list[int], after: list[int]) -> None:
     """Bit for bit: the logits of one state that reads both are those of a copy taken in between."""
@@ -62,7 +62,7 @@ def test_a_copy_goes_on_as_if_it_had_never_left(model: Model, before: list[int],
     assert_same(content(state), content(fork))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(before=TOKENS, after=TOKENS)
 def test_a_fork_never_changes_its_parent(model: Model, before: list[int], after: list[int]) -> None:
     state = model.new_state(64)
@@ -74,7 +74,7 @@ def test_a_fork_never_changes_its_parent(model: Model, before: list[int], after:
     assert_same(kept, content(state))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(before=TOKENS, after=TOKENS, later=TOKENS)
 def test_a_lent_fork_goes_on_as_a_copy_does_and_leaves_its_parent_alone(
     model: Model, before: list[int], after: list[int], later: list[int]
@@ -126,7 +126,7 @@ def test_a_parent_never_changes_its_fork(model: Model) -> None:
     assert_same(kept, content(fork))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(first=TOKENS, second=TOKENS, after=TOKENS, capacity=st.integers(40, 90))
 def test_copy_into_leaves_nothing_of_what_was_there(
     model: Model, first: list[int], second: list[int], after: list[int], capacity: int
@@ -180,7 +180,7 @@ def test_states_of_two_models_do_not_mix(model: Model, other_model: Model) -> No
     assert state.position == 0
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(before=TOKENS, after=TOKENS)
 def test_a_reset_state_is_a_new_one(model: Model, before: list[int], after: list[int]) -> None:
     used, new = model.new_state(64), model.new_state(64)

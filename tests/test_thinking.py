@@ -105,7 +105,7 @@ def test_a_template_without_thoughts_tells_everything_as_the_answer(model: Model
 TEXT = st.text(st.sampled_from("ab \nü😀"), max_size=12)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(thought=TEXT, answer=TEXT, forced=st.none() | st.integers(0, 30))
 def test_whatever_is_said_is_told_once_as_what_it_is(
     model: Model, thought: str, answer: str, forced: int | None
@@ -126,7 +126,7 @@ def test_whatever_is_said_is_told_once_as_what_it_is(
     assert kinds == sorted(kinds)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(first=st.integers(0, 255), n_thought=st.integers(0, 12))
 def test_a_thought_ended_by_force_is_as_if_it_had_been_read(model: Model, first: int, n_thought: int) -> None:
     """The answer is that after a prompt of thought and end, with guesses at what follows and without."""

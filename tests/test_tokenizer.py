@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Reference
@@ -81,7 +81,6 @@ NASTY = st.sampled_from([*CONTROL, *PLAIN_ADDED, *SPACES, *MARKS, *HANGUL, *WORD
 NASTY_TEXT = st.lists(st.one_of(NASTY, st.characters(exclude_categories=["Cs"]), st.text("ab 1.\n'"))).map("".join)
 
 
-@settings(deadline=None)
 @given(text=NASTY_TEXT)
 def test_ids_equal_those_of_the_reference(tokenizer: Tokenizer, text: str) -> None:
     """With control tokens meant, and with all of them as plain characters."""
@@ -89,7 +88,6 @@ def test_ids_equal_those_of_the_reference(tokenizer: Tokenizer, text: str) -> No
     assert PLAIN_REFERENCE.encode(text).ids == tokenizer.encode(text)
 
 
-@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 720)), skip=st.booleans())
 def test_text_equals_that_of_the_reference_for_any_ids(tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
     """Including invalid UTF-8, control tokens, and ids without a token; at once and as a stream."""
@@ -99,7 +97,6 @@ def test_text_equals_that_of_the_reference_for_any_ids(tokenizer: Tokenizer, ids
     assert wanted == "".join([stream.push(token) for token in ids]) + stream.flush()
 
 
-@settings(deadline=None)
 @given(text=NASTY_TEXT)
 def test_decoding_inverts_encoding(tokenizer: Tokenizer, text: str) -> None:
     """Up to normalisation, and without a control token."""
@@ -107,7 +104,6 @@ def test_decoding_inverts_encoding(tokenizer: Tokenizer, text: str) -> None:
     assert wanted == tokenizer.decode(tokenizer.encode(text), skip_special=False)
 
 
-@settings(deadline=None)
 @given(texts=st.lists(NASTY_TEXT), cut=st.randoms())
 def test_ids_do_not_tell_where_parts_were_joined(tokenizer: Tokenizer, texts: list[str], cut: Any) -> None:
     whole = "".join(texts)
@@ -271,7 +267,6 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         Tokenizer.open(tmp_path / "absent.bin")
 
 
-@settings(deadline=None)
 @given(text=NASTY_TEXT)
 def test_a_tokenizer_of_bytes_reads_bytes(text: str) -> None:
     document = byte_tokenizer_json({"<|im_start|>": 300, "<|im_end|>": 5}, 320)

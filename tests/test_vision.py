@@ -46,7 +46,6 @@ def is_long(height: int, width: int) -> bool:
     return max(height, width) > MAX_ASPECT * min(height, width)
 
 
-@settings(deadline=None)
 @given(height=SIDE, width=SIDE, factor=FACTOR, limits=LIMITS)
 def test_sizes_are_multiples_of_the_factor_within_the_limits(
     height: int, width: int, factor: int, limits: list[int]
@@ -62,7 +61,6 @@ def test_sizes_are_multiples_of_the_factor_within_the_limits(
         assert rows * columns >= smallest or (rows + factor) * (columns + factor) > largest
 
 
-@settings(deadline=None)
 @given(height=SIDE, width=SIDE, factor=FACTOR, limits=LIMITS)
 def test_the_aspect_ratio_is_kept_within_one_factor(height: int, width: int, factor: int, limits: list[int]) -> None:
     """Each side is less than one factor away from one common scale of both."""
@@ -74,14 +72,12 @@ def test_the_aspect_ratio_is_kept_within_one_factor(height: int, width: int, fac
     assert max(low for low, _ in scales) <= min(high for _, high in scales)
 
 
-@settings(deadline=None)
 @given(rows=st.integers(1, 20), columns=st.integers(1, 20), factor=FACTOR)
 def test_a_size_that_fits_is_kept(rows: int, columns: int, factor: int) -> None:
     size = rows * factor, columns * factor
     assert target_size(*size, factor=factor, min_pixels=factor**2, max_pixels=400 * factor**2) == size
 
 
-@settings(deadline=None)
 @given(height=SIDE, width=SIDE, factor=FACTOR)
 def test_sides_can_be_swapped(height: int, width: int, factor: int) -> None:
     if is_long(height, width):
@@ -181,7 +177,7 @@ def slow_corners(row: int, column: int, grid: tuple[int, int], table: NDArray[np
     return np.asarray(upper * (top + 1 - y) + lower * (y - top))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), side=st.integers(2, 12))
 def test_positions_are_interpolated_as_in_the_slow_reference(rows: int, columns: int, side: int) -> None:
     table = np.random.default_rng(side).standard_normal((side, side, 3))
@@ -207,7 +203,7 @@ def test_tokens_of_an_image_stand_side_by_side(model: Model, height: int, width:
     assert encoder.n_tokens(grid) == rows * columns == len(expected)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(height=st.integers(1, 2000), width=st.integers(1, 2000))
 def test_grids_tell_the_number_of_embeddings(model: Model, height: int, width: int) -> None:
     if is_long(height, width):
