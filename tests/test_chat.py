@@ -100,6 +100,14 @@ ALTERNATING = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '[A]' }}{%- endif %}
 """
+QUIET = """
+{%- set instructions = messages[0].content | trim if messages[0].role == 'system' else '' %}
+{%- if instructions %}{{- '<|im_start|>system\\n' + instructions + '<|im_end|>\\n' }}{%- endif %}
+{%- for message in messages if message.role != 'system' %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content | trim + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<think>", "</think>")
 IMAGE = {"type": "image", "image": "picture"}
 Messages = list[dict[str, Any]]
@@ -307,12 +315,11 @@ def test_a_bad_message_is_refused_by_its_place(messages: Messages, field: str) -
 
 
 UNCUTTABLE = [
-    ("{% for m in messages %}{{ loop.index }}: {{ m.content }}\n{% endfor %}", "in more than one way"),
+    ("{% for m in messages %}{{ loop.index }}: {{ m.content }}\n{% endfor %}", "cut into pieces"),
     ("{% for m in messages %}{{ m.content | upper }}\n{% endfor %}", "not once and in order"),
     ("{% for m in messages[::-1] %}{{ m.content }}\n{% endfor %}", "not once and in order"),
     ("{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}\n{% endfor %}", "time of rendering"),
     ("{% for m in messages %}{{ m.content.replace('\n\n', '\n') }}\n{% endfor %}", "one question"),
-    ("{% for m in messages %}{{ m.content.lstrip() }}\n{% endfor %}", "white space"),
     (
         "{{ messages | length }}{% for m in messages %}{{ m.content }}\n{% endfor %}",
         "one question",
@@ -328,6 +335,66 @@ UNCUTTABLE = [
 def test_a_template_that_pieces_cannot_say_is_refused(template: str, why: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=why):
         compile_chat(checkpoint(tmp_path, template))
+
+
+NOTHING, ANSWER = ({"role": "assistant", "content": content} for content in ("", "No."))
+ODD: list[tuple[str, set[str], Messages]] = [
+    (QUIET, {"an empty system message"}, [{"role": "system", "content": " "}, USER]),
+    (QUIET.replace("message.content |", "(message.content or 'None.') |"), {"an empty answer"}, [USER, NOTHING, USER]),
+    (
+        QWEN2.replace("message.content +", "message.content.lstrip() +"),
+        {f"white space around {what}" for what in ("a system message", "a question", "an answer")},
+        [{"role": "user", "content": " ?"}],
+    ),
+    (ALTERNATING, {"two questions in a row", "two answers in a row"}, [USER, USER]),
+    (
+        ALTERNATING.replace(
+            "{%- if add", "{%- if messages[-1].role != 'user' %}{{ raise_exception('') }}{% endif %}{%- if add"
+        ),
+        {"an answer at the end"},
+        [USER, ANSWER],
+    ),
+    (
+        QWEN2.replace("message.content +", "message.content.split('</think>')[0] +"),
+        {"thinking in an earlier answer"},
+        [USER, {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nNo."}, USER],
+    ),
+]
+
+
+@pytest.mark.parametrize(("template", "oddities", "messages"), ODD)
+def test_an_odd_conversation_that_pieces_cannot_say_is_refused(
+    template: str, oddities: set[str], messages: Messages, tmp_path: Path
+) -> None:
+    """The model stays of use: others are rendered as the template does it."""
+    chat = compile_chat(checkpoint(tmp_path, template, bos_token="<s>", eos_token="</s>"))
+    assert oddities <= {*chat.refused}
+    with pytest.raises(InvalidInput, match="chat template has a way of its own with") as error:
+        chat.render(messages)
+    assert error.value.field.startswith("messages[")
+    usual = [USER, ANSWER, USER]
+    text = rendered(template, usual, bos_token="<s>", eos_token="</s>", add_generation_prompt=True)
+    assert text == "".join(part.text for part in texts(chat.render(usual)))
+    assert chat == ChatTemplate.from_json(chat.to_json())
+
+
+def test_an_answer_at_the_end_may_be_left_open(tmp_path: Path) -> None:
+    """What ends an answer is then read off one that a question follows."""
+    template = QUIET.replace(
+        "trim + '<|im_end|>\\n'", "trim + ('<|im_end|>\\n' if message.role == 'user' or not loop.last else '')"
+    )
+    chat = compile_chat(checkpoint(tmp_path, template))
+    assert (chat.assistant.after, chat.last_assistant.after) == ("<|im_end|>\n", "")
+    assert {"an empty system message", "two answers in a row"} == {*chat.refused}
+
+
+def test_an_empty_system_prompt_is_none_in_a_stream(tmp_path: Path) -> None:
+    """What a template writes for an empty system message does not matter to it; one of blanks is refused."""
+    chat = compile_chat(checkpoint(tmp_path, QUIET))
+    assert {"an empty system message"} == {*chat.refused}
+    assert [TemplateText("<|im_start|>user\n")] == chat.open_stream()
+    with pytest.raises(InvalidInput, match="an empty system message"):
+        chat.open_stream(" ")
 
 
 def test_the_template_is_found_wherever_transformers_puts_it(tmp_path: Path) -> None:
@@ -352,6 +419,12 @@ def test_another_pad_token_is_found(tmp_path: Path) -> None:
 def test_json_keeps_every_piece(qwen2: ChatTemplate) -> None:
     for chat in (CHATML, qwen2):
         assert chat == ChatTemplate.from_json(chat.to_json())
+
+
+def test_pieces_of_an_older_package_refuse_nothing() -> None:
+    older = json.loads(CHATML.to_json())
+    del older["refused"]
+    assert ChatTemplate.from_json(json.dumps(older).encode()) == CHATML
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", CHATML.to_json().replace(b"before", b"behind"), b"\xff"])

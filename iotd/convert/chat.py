@@ -1,17 +1,20 @@
 """A checkpoint's Jinja chat template to the plain pieces of `iotd.model.chat`.
 
 The template is rendered around marker texts, in a sandbox, and cut at them; then the pieces have to reproduce what the
-template makes of whole conversations.
+template makes of whole conversations. Of odd ones, which the daemon does not need, those are refused that they cannot.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from iotd.convert.chat_renderer import RefusedError, Renderer
 from iotd.convert.checkpoint import read_json
 from iotd.errors import CheckpointError
-from iotd.model.chat import ChatTemplate, ImagePieces, ImageSlot, Segment, Turn
+from iotd.model.chat import ChatTemplate, ImagePieces, ImageSlot, Segment, Turn, odd
+from iotd.model.oddities import ODDITIES
 
 IMAGE_PAD = "<|image_pad|>"
 
@@ -36,15 +39,15 @@ def compile_chat(checkpoint: Path | None, image_pad: str = IMAGE_PAD) -> ChatTem
     """The pieces of a checkpoint's chat template; CHATML where it brings none.
 
     image_pad: the text of the token that config.json names as `image_token_id`. Raises CheckpointError where the
-    template cannot be read, cannot be cut into pieces, or means something else than its pieces say.
+    template cannot be read, cannot be cut into pieces, or means something else than its pieces say; but for odd
+    conversations, which the pieces then name as `refused`.
     """
     source = _source(checkpoint) if checkpoint else None
     if checkpoint is None or source is None:
         return CHATML
     renderer = Renderer(source, _special_tokens(checkpoint))
     chat = _cut(renderer, image_pad)
-    _verify(renderer, chat)
-    return chat
+    return replace(chat, refused=_verify(renderer, chat))
 
 
 def _source(checkpoint: Path) -> str | None:
@@ -82,25 +85,46 @@ def _cut(renderer: Renderer, image_pad: str) -> ChatTemplate:
     first, to_answer, to_next, user_after = renderer.around(
         [_user(_USER), _assistant(_ANSWER), _user(_NEXT)], [_USER, _ANSWER, _NEXT]
     )
-    _, to_last, answer_after = renderer.around([_user(_USER), _assistant(_ANSWER)], [_USER, _ANSWER])
-    user_before = _behind(answer_after, to_next, "an answer")
+    last_answer = _last_answer(renderer, user_after)
+    user_before = _user_before(first, to_next, last_answer.after if last_answer else "")
+    answer_after = _ahead(to_next, user_before, "a user's turn")
     generation, generation_thinking = (_generation(renderer, thinking) for thinking in (False, True))
     padded = _BLANK + _ANSWER + _BLANK
     history = [_user(_BLANK + _USER + _BLANK), _assistant(padded), _user(_NEXT)]
-    trim_last = padded not in renderer.render([_user(_USER), _assistant(padded)])
+    assistant = Turn(
+        _behind(user_after, to_answer, "a user's turn"), answer_after, padded not in renderer.render(history)
+    )
     return ChatTemplate(
         no_system=_ahead(first, user_before, "a user's turn"),
         system=_system(renderer, user_before),
         user=Turn(user_before, user_after, _BLANK + _USER not in renderer.render(history)),
-        assistant=Turn(
-            _behind(user_after, to_answer, "a user's turn"), answer_after, padded not in renderer.render(history)
-        ),
-        last_assistant=Turn(_behind(user_after, to_last, "a user's turn"), answer_after, trim_last),
+        assistant=assistant,
+        last_assistant=last_answer or assistant,
         generation=generation,
         generation_thinking=generation_thinking,
         image=_image(renderer, image_pad),
         thinking_end=_thinking_end(renderer),
     )
+
+
+def _last_answer(renderer: Renderer, user_after: str) -> Turn | None:
+    """An answer that nothing follows; None where the template refuses one."""
+    padded = _BLANK + _ANSWER + _BLANK
+    try:
+        _, before, after = renderer.around([_user(_USER), _assistant(_ANSWER)], [_USER, _ANSWER])
+        trim = padded not in renderer.render([_user(_USER), _assistant(padded)])
+    except RefusedError:
+        return None
+    return Turn(_behind(user_after, before, "a user's turn"), after, trim)
+
+
+def _user_before(first: str, to_next: str, last_after: str) -> str:
+    """What opens a user's turn, of what stands before the first one and between an answer and the next."""
+    opened = to_next.removeprefix(last_after)
+    if last_after and opened != to_next and first.endswith(opened):
+        return opened
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(first), reversed(to_next), strict=False))
+    return to_next[len(to_next) - len(list(shared)) :]
 
 
 def _system(renderer: Renderer, user_before: str) -> Turn | None:
@@ -170,52 +194,68 @@ _IMAGE = {"type": "image", "image": ""}
 _SHOWN = _message("system", "Be brief.\nBe exact.")
 _ASKED = _user("Is the door\n\nopen?")
 _ANSWERED = _assistant("It is closed.\nSince 14:03.")
+_AGAIN = _user("And now?")
+_BE_BRIEF, _ASK, _NO = _message("system", "\n Be brief. \n"), _user("\t Open?\u00a0\n"), _assistant("\n\n No. \n")
 
+# What is odd stands alone before it stands among others, so that it is known what a template does not write as usual.
 _CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "one question": [_ASKED],
     "a system message": [_SHOWN, _ASKED],
-    "several turns": [_SHOWN, _ASKED, _ANSWERED, _user("And now?"), _assistant("Open."), _user("Sure?")],
-    "several turns without a system message": [_ASKED, _ANSWERED, _user("And now?")],
-    "an answer at the end": [_SHOWN, _ASKED, _ANSWERED],
-    "two answers at the end": [_ASKED, _ANSWERED, _assistant("Still closed.")],
-    "two questions in a row": [_ASKED, _user("And the window?")],
-    "white space around every text": [
-        _message("system", "\n Be brief. \n"),
-        _user("\t Open?\u00a0\n"),
-        _assistant("\n\n No. \n"),
-        _user(" \n "),
-        _assistant("  What? \n"),
-    ],
-    "empty texts": [_message("system", ""), _user(""), _assistant(""), _user("")],
-    "thinking in an earlier answer": [_ASKED, _assistant("<think>\nHm.\n</think>\n\nNo."), _user("Sure?")],
-    "blanks behind thinking": [_ASKED, _assistant("<think>\nHm.\n</think>\n \n  No. \n"), _user("Sure?")],
-    "text in parts": [_user([_text(" Is the "), _text("door open? ")])],
-    "an image first": [_SHOWN, _user([_IMAGE, _text(" Who is there? ")])],
-    "an image last": [_user([_text(" Who is there? "), _IMAGE])],
-    "an image between blanks": [_user([_text(" \n"), _IMAGE, _text("\n ")])],
+    "several turns": [_SHOWN, _ASKED, _ANSWERED, _AGAIN, _assistant("Open."), _user("Sure?")],
+    "several turns without a system message": [_ASKED, _ANSWERED, _AGAIN],
+    "text in parts": [_user([_text("Is the "), _text("door open?")])],
+    "an image first": [_SHOWN, _user([_IMAGE, _text("Who is there?")])],
+    "an image last": [_user([_text("Who is there? "), _IMAGE])],
     "two images in two turns": [
         _user([_text("Before "), _IMAGE, _text(" and "), _IMAGE]),
         _ANSWERED,
         _user([_IMAGE, _text("now")]),
     ],
+    "an empty system message": [_message("system", ""), _ASKED],
+    "an empty question": [_user(""), _ANSWERED, _user("")],
+    "an empty answer": [_ASKED, _assistant(""), _AGAIN],
+    "white space around a system message": [_BE_BRIEF, _ASKED],
+    "white space around a question": [_ASK, _ANSWERED, _ASK],
+    "white space around an answer": [_ASKED, _NO, _AGAIN],
+    "white space around text in parts": [_user([_text(" Is the "), _text("door open? ")])],
+    "white space around a question with an image": [_user([_IMAGE, _text(" Who is there? ")])],
+    "an image between blanks": [_user([_text(" \n"), _IMAGE, _text("\n ")])],
+    "an answer at the end": [_ASKED, _ANSWERED],
+    "two questions in a row": [_ASKED, _user("And the window?")],
+    "two answers in a row": [_ASKED, _ANSWERED, _assistant("Still closed."), _AGAIN],
+    "two answers at the end": [_ASKED, _ANSWERED, _assistant("Still closed.")],
+    "thinking in an earlier answer": [_ASKED, _assistant("<think>\nHm.\n</think>\n\nNo."), _AGAIN],
+    "blanks behind thinking": [_ASKED, _assistant("<think>\nHm.\n</think>\n \n  No. \n"), _AGAIN],
+    "white space around every text": [_BE_BRIEF, _ASK, _NO, _user(" \n "), _assistant("  What? \n")],
+    "empty texts": [_message("system", ""), _user(""), _assistant(""), _user("")],
 }
 
 
-def _verify(renderer: Renderer, chat: ChatTemplate) -> None:
+def _verify(renderer: Renderer, chat: ChatTemplate) -> tuple[str, ...]:
+    """What is odd and not written as the pieces say. Raises CheckpointError for what is not odd."""
+    refused: set[str] = set()
     for name, messages in _CONVERSATIONS.items():
-        if not _within_reach(chat, messages):
+        oddities = odd(messages)
+        if not _within_reach(chat, messages) or oddities & refused:
             continue
-        for thinking, generation in ((False, True), (True, True), (False, False)):
-            try:
-                wanted = renderer.render(messages, thinking, generation)
-            except RefusedError:
-                continue
-            made = _as_text(chat.render(messages, thinking, generation), chat)
-            if made != wanted:
-                raise CheckpointError(
-                    f"the chat template cannot be cut into pieces: of {name} (thinking {'on' if thinking else 'off'}) "
-                    f"it makes {wanted!r}, its pieces make {made!r}"
-                )
+        if difference := _difference(renderer, chat, messages):
+            if not oddities:
+                raise CheckpointError(f"the chat template cannot be cut into pieces: of {name} {difference}")
+            refused.add(next(oddity for oddity in ODDITIES if oddity in oddities))
+    return tuple(sorted(refused))
+
+
+def _difference(renderer: Renderer, chat: ChatTemplate, messages: list[dict[str, Any]]) -> str:
+    """Between what the template makes of a conversation, and its pieces; empty where there is none."""
+    for thinking, generation in ((False, True), (True, True), (False, False)):
+        try:
+            wanted = renderer.render(messages, thinking, generation)
+        except RefusedError as error:
+            return f"it makes nothing: {error}"
+        made = _as_text(chat.render(messages, thinking, generation), chat)
+        if made != wanted:
+            return f"(thinking {'on' if thinking else 'off'}) it makes {wanted!r}, its pieces make {made!r}"
+    return ""
 
 
 def _within_reach(chat: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> bool:

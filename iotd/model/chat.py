@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from iotd.errors import InvalidInput, PackageError
+from iotd.model.oddities import oddities
 from iotd.model.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -81,6 +82,8 @@ class ChatTemplate:
     """None where the template takes no images."""
     thinking_end: str = ""
     """Earlier answers lose everything up to the last of these; empty where the template keeps it."""
+    refused: tuple[str, ...] = ()
+    """Of `iotd.model.oddities`, what the template writes in a way that these pieces cannot say."""
 
     def to_json(self) -> bytes:
         """A file's content, from which `from_json` makes the same again."""
@@ -94,7 +97,8 @@ class ChatTemplate:
             turns = {name: Turn(**data[name]) for name in ("user", "assistant", "last_assistant")}
             system = data["system"] and Turn(**data["system"])
             image = data["image"] and ImagePieces(**data["image"])
-            return cls(**{**data, **turns, "system": system, "image": image})
+            refused = tuple(data.get("refused", ()))
+            return cls(**{**data, **turns, "system": system, "image": image, "refused": refused})
         except (KeyError, TypeError, ValueError) as error:
             raise PackageError(f"the package's chat template is damaged: {error}") from error
 
@@ -102,14 +106,15 @@ class ChatTemplate:
         self, messages: Sequence[Message], thinking: bool = False, add_generation_prompt: bool = True
     ) -> list[Segment]:
         """A conversation as segments. Raises InvalidInput naming the part, such as `messages[1].role`."""
-        roles = [_role(messages, i) for i in range(len(messages))]
+        roles, contents = _read(messages)
         if "user" not in roles:
             raise InvalidInput("a conversation needs a message of the user", field="messages")
+        self._check(roles, contents)
         last_user = len(roles) - 1 - roles[::-1].index("user")
         segments: list[Segment] = [] if roles[0] == "system" else [TemplateText(self.no_system)]
         for i, role in enumerate(roles):
             turn = self._turn(role, i, i > last_user)
-            content = _content(messages[i], i, turn.trim)
+            content = _trimmed(contents[i]) if turn.trim else contents[i]
             if role == "assistant":
                 content = self._without_thinking(content, i, i > last_user)
             segments += self._written(turn, content, i, images=role == "user")
@@ -126,8 +131,8 @@ class ChatTemplate:
         start: list[Segment] = [TemplateText(self.no_system)]
         if system:
             turn = self._turn("system", 0, False)
-            content = _content({"content": system}, 0, turn.trim)
-            start = self._written(turn, content, 0, images=False)
+            self._check(["system"], [[system]])
+            start = self._written(turn, _trimmed([system]) if turn.trim else [system], 0, images=False)
         return _joined([*start, TemplateText(self.user.before)])
 
     def next_turn(self) -> list[Segment]:
@@ -171,6 +176,14 @@ class ChatTemplate:
         runs.append(tokenizer.encode_parts(parts))
         return [run for run in runs if not (isinstance(run, list) and not run)]
 
+    def _check(self, roles: Sequence[str], contents: Sequence[Sequence[Any]]) -> None:
+        """Raises InvalidInput for a conversation that the pieces cannot say."""
+        for oddity, i in oddities(roles, contents) if self.refused else ():
+            if oddity in self.refused:
+                raise InvalidInput(
+                    f"this model's chat template has a way of its own with {oddity}: do without", field=f"messages[{i}]"
+                )
+
     def _generation(self, thinking: bool) -> str:
         return self.generation_thinking if thinking else self.generation
 
@@ -203,6 +216,16 @@ class ChatTemplate:
         return [*segments, TemplateText(turn.after)]
 
 
+def odd(messages: Sequence[Message]) -> set[str]:
+    """What is odd about a conversation, of `iotd.model.oddities`. Raises InvalidInput where it is none."""
+    return {oddity for oddity, _ in oddities(*_read(messages))}
+
+
+def _read(messages: Sequence[Message]) -> tuple[list[str], list[list[Any]]]:
+    """Roles and contents of all messages."""
+    return [_role(messages, i) for i in range(len(messages))], [_content(each, i) for i, each in enumerate(messages)]
+
+
 def _role(messages: Sequence[Message], i: int) -> str:
     message = messages[i]
     role = message.get("role") if isinstance(message, Mapping) else message
@@ -213,7 +236,7 @@ def _role(messages: Sequence[Message], i: int) -> str:
     return str(role)
 
 
-def _content(message: Message, i: int, trim: bool) -> list[Any]:
+def _content(message: Message, i: int) -> list[Any]:
     """The message's content as strings and ImageSlots, neighbouring strings joined."""
     content = message.get("content")
     if isinstance(content, str):
@@ -227,7 +250,7 @@ def _content(message: Message, i: int, trim: bool) -> list[Any]:
             parts[-1] += found
         else:
             parts.append(found)
-    return _trimmed(parts) if trim else parts
+    return parts
 
 
 def _part(part: Any, field: str) -> str | ImageSlot:
