@@ -53,8 +53,8 @@ class Sampling:
     top_p: float = 0.8
     top_k: int = 20
     """0 keeps the whole vocabulary."""
-    presence_penalty: float = 1.5
-    """Taken off the logit of every token already generated."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token already generated. Of a value such as 11, the second digit is such a token."""
     seed: int | None = None
     """The same seed, prompt and package give the same text; None draws one."""
     max_tokens: int = 256

@@ -17,19 +17,21 @@ from daemon import serving
 
 from iotd.cli import commands
 from iotd.client import Client
-from iotd.config import DEFAULT_SYSTEM
+from iotd.config import DEFAULT_SYSTEM, AskConfig
 from iotd.convert.convert import convert_random
 from iotd.demo import respondents
 from iotd.demo.broker import Mosquitto
 from iotd.demo.calibration import Case, calibration, expected_error
 from iotd.demo.devices import home_subscriptions
-from iotd.demo.evaluate import HOME_EVENTS, Score, ask, home, score, scores
+from iotd.demo.evaluate import HOME_EVENTS, Score, ask, by_kind, home, score
 from iotd.demo.examples import HELD_OUT_SEED, Asked, Heard, Seen
 from iotd.demo.respondents import DaemonRespondent, PackageRespondent
 from iotd.engine.lines import day_line, day_of, frame_line, reading_line
 from iotd.errors import InvalidInput, IotdError, Unavailable
 from iotd.events import Reading
 from iotd.model import Model
+from iotd.rpc.request import parse
+from iotd.v1 import iotd_pb2
 
 pytest_plugins = ("broker",)
 
@@ -39,6 +41,7 @@ class Scripted:
 
     def __init__(self, answer: str | None = None) -> None:
         self.homes: list[list[Heard | Seen]] = []
+        self.seeds: list[int | None] = []
         self._answer = answer
         self._by_heart: deque[str] = deque()
 
@@ -50,8 +53,11 @@ class Scripted:
     def read(self, event: Heard | Seen) -> None:
         self.homes[-1].append(event)
 
-    def answer(self, question: str) -> str:
-        return self._by_heart.popleft() if self._answer is None else self._answer
+    def answer(self, question: str, seed: int | None = None) -> str:
+        self.seeds.append(seed)
+        if self._answer is not None:
+            return self._answer
+        return self._by_heart[0] if seed is None else self._by_heart.popleft()
 
     def weigh(self, question: str, labels: Sequence[str]) -> list[float]:
         return [-1.0, -2.0]
@@ -69,9 +75,32 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def test_who_knows_all_answers_gets_them_all_right() -> None:
     outcomes = list(ask(Scripted(), 300))
-    assert score(outcomes) == Score(300, 300)
-    assert all(each.accuracy == 1.0 for each in scores(outcomes).values())
-    assert sum(each.asked for each in scores(outcomes).values()) == 300
+    assert score(outcomes) == score(outcomes, drawn=True) == Score(300, 300)
+    assert sum(len(each) for each in by_kind(outcomes).values()) == 300
+    assert all({kind} == {outcome.kind for outcome in each} for kind, each in by_kind(outcomes).items())
+
+
+def test_each_question_is_answered_greedily_and_with_a_seed_of_its_own() -> None:
+    """The same seeds in every run, and nothing that is drawn counts as greedy."""
+    one, other = Scripted("No."), Scripted("Yes.")
+    for respondent in (one, other):
+        list(ask(respondent, 40))
+    assert one.seeds == other.seeds
+    assert {None} == {*one.seeds[::2]}
+    assert len({*one.seeds[1::2]} - {None}) == 40
+
+
+def test_what_is_drawn_is_what_a_daemon_draws_by_default(tiny_package: Path) -> None:
+    """The same for the same seed, and another for others, where the model is in doubt."""
+    with PackageRespondent(tiny_package, threads=1) as respondent:
+        respondent.begin()
+        drawn = [respondent.answer("Is any door open?", seed) for seed in (1, 1, 2)]
+        messages = [{"role": "system", "content": DEFAULT_SYSTEM}, {"role": "user", "content": "Is any door open?"}]
+        sampling = parse(iotd_pb2.AskRequest(question="?"), 0.0, 1.0, AskConfig()).sampling
+        options = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "presence_penalty")}
+        model = Model.open(tiny_package, threads=1)
+        expected = "".join(model.generate(messages, max_tokens=respondents.MAX_TOKENS, seed=1, **options))
+    assert drawn[0] == drawn[1] == expected != drawn[2]
 
 
 def test_the_same_questions_are_asked_of_everybody() -> None:
@@ -84,8 +113,9 @@ def test_the_same_questions_are_asked_of_everybody() -> None:
 
 
 def test_one_answer_to_everything_is_right_no_more_often_than_it_is_true() -> None:
-    found = scores(ask(Scripted("No."), 600))
-    assert {kind for kind, each in found.items() if each.right} == {"state", "any door", "any motion", "camera whether"}
+    found = by_kind(list(ask(Scripted("No."), 600)))
+    true = {kind for kind, each in found.items() if score(each).right}
+    assert true == {"state", "any door", "any motion", "camera whether"}
     assert score(ask(Scripted(""), 300)).right == 0
 
 
@@ -133,7 +163,7 @@ def test_the_interval_is_wilsons(right: int, asked: int, interval: tuple[float, 
 
 def test_nothing_asked_is_no_accuracy() -> None:
     assert (Score(0, 0).accuracy, Score(0, 0).interval) == (0.0, (0.0, 1.0))
-    assert scores([]) == {}
+    assert by_kind([]) == {}
 
 
 def test_yes_and_no_are_weighed_where_the_answer_begins_with_one_of_them() -> None:
@@ -297,7 +327,7 @@ def test_a_table_shows_kinds_sums_and_wrong_answers(tiny_package: Path) -> None:
     result = iotd(str(tiny_package), "--questions", "5", "--show-wrong", "2")
     assert (result.returncode, result.stderr) == (0, "")
     head, *rows = result.stdout.splitlines()
-    assert head.split() == ["kind", "asked", "right", "accuracy", "95", "%", "interval"]
+    assert head.split() == ["kind", "asked", "right", "accuracy", "95", "%", "interval", "drawn"]
     assert any(row.split()[:3] == ["overall", "5", "0"] for row in rows)
     assert any(row.startswith("with mischief before") for row in rows)
     assert result.stdout.count("\n  answer ") == result.stdout.count("\n  expected ") == 2
@@ -310,6 +340,7 @@ def test_json_is_one_object(tiny_package: Path) -> None:
     interval = pytest.approx([0.0, 0.4345], abs=1e-4)
     assert told["overall"] == {"asked": 5, "right": 0, "accuracy": 0.0, "interval": interval}
     assert told["overall"]["asked"] == sum(kind["asked"] for kind in told["kinds"].values())
+    assert told["drawn"]["asked"] == sum(kind["asked"] for kind in told["drawn_kinds"].values()) == 5
     assert told["calibration"] is None or told["calibration"]["asked"] <= 5
     assert told["without_mischief_before"]["asked"] + told["with_mischief_before"]["asked"] == 5
     assert len(told["wrong"]) == 1

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
+from iotd.config import AskConfig
 from iotd.errors import InvalidInput
 from iotd.events import Sampling
 from iotd.model.sampling import BLOCK, Sampler, check_sampling, top_k
+from iotd.rpc.request import parse
+from iotd.v1 import iotd_pb2
 
 Floats = NDArray[np.float32]
 PLAIN = Sampling(temperature=1.0, top_p=1.0, top_k=0, presence_penalty=0.0, seed=0)
@@ -121,6 +124,22 @@ def test_the_penalty_is_taken_off_what_was_drawn_once_each(logits: Floats, penal
         if token not in seen:
             expected[token] -= np.float32(penalty)
             seen.add(token)
+
+
+def test_a_digit_comes_again_by_default() -> None:
+    """The second 1 of 11, of which the model is sure, is always drawn as a daemon draws; with a penalty it is not."""
+    logits = np.full(1000, -10.0, np.float32)
+    logits[:10] = -3.0  # the ten digits
+    logits[1] = 0.0
+    defaults = parse(iotd_pb2.AskRequest(question="?"), 0.0, 1.0, AskConfig()).sampling
+    spoilt = replace(defaults, presence_penalty=1.5)
+
+    def n_elevens(sampling: Sampling) -> int:
+        samplers = [Sampler(replace(sampling, seed=seed)) for seed in range(400)]
+        return sum([sampler.draw(logits), sampler.draw(logits)] == [1, 1] for sampler in samplers)
+
+    assert n_elevens(defaults) == 400
+    assert n_elevens(spoilt) < 350
 
 
 def test_the_same_seed_draws_the_same() -> None:

@@ -86,6 +86,9 @@ def demo(for_s: float | None, seed: int | None, as_json: bool) -> int:
 def evaluate(questions: int, answers: IO[str] | None, show_wrong: int, as_json: bool, **who: Any) -> None:
     """Ask the held-out questions about simulated homes, and count the right answers by kind.
 
+    Each is answered twice: with the likeliest token each time, which all figures but "drawn" are of, and as a daemon
+    draws an answer by default, with seeds that are the same in every run.
+
     Of questions for yes or no it says, too, how true the probabilities are that `iotd classify` gives: the expected
     calibration error, and the temperature that would make it smallest.
 
@@ -136,29 +139,32 @@ def _respondent(
 
 def _tell_scores(outcomes: "Sequence[Outcome]", wrong: "Sequence[Outcome]", as_json: bool) -> None:
     from iotd.demo.calibration import calibration
-    from iotd.demo.evaluate import score, scores
+    from iotd.demo.evaluate import by_kind, score
 
     weighed = calibration([case for outcome in outcomes if (case := outcome.case) is not None])
-    kinds = scores(outcomes)
+    kinds = by_kind(outcomes)
     sums = {
-        "overall": score(outcomes),
-        "without mischief before": score(outcome for outcome in outcomes if not outcome.mischief),
-        "with mischief before": score(outcome for outcome in outcomes if outcome.mischief),
+        "overall": outcomes,
+        "without mischief before": [outcome for outcome in outcomes if not outcome.mischief],
+        "with mischief before": [outcome for outcome in outcomes if outcome.mischief],
     }
     if as_json:
-        told: dict[str, object] = {name.replace(" ", "_"): each.figures for name, each in sums.items()}
+        told: dict[str, object] = {name.replace(" ", "_"): score(each).figures for name, each in sums.items()}
         told |= {
-            "kinds": {kind: each.figures for kind, each in kinds.items()},
+            "kinds": {kind: score(each).figures for kind, each in kinds.items()},
+            "drawn": score(outcomes, drawn=True).figures,
+            "drawn_kinds": {kind: score(each, drawn=True).figures for kind, each in kinds.items()},
             "calibration": plain(weighed) if weighed is not None else None,
             "wrong": [plain(each) for each in wrong],
         }
         click.echo(json.dumps(told, ensure_ascii=False))
         return
-    click.echo(f"{'kind':<24}{'asked':>7}{'right':>7}{'accuracy':>10}   95 % interval")
-    for name, each in [*kinds.items(), *sums.items()]:
-        low, high = each.interval
-        accuracy = f"{each.accuracy:.1%}" if each.asked else "-"
-        click.echo(f"{name:<24}{each.asked:>7}{each.right:>7}{accuracy:>10}   {low:.1%} to {high:.1%}")
+    click.echo(f"{'kind':<24}{'asked':>7}{'right':>7}{'accuracy':>10}   {'95 % interval':<18}{'drawn':>8}")
+    for name, group in [*kinds.items(), *sums.items()]:
+        each, drawn = score(group), score(group, drawn=True)
+        interval = "{:.1%} to {:.1%}".format(*each.interval)
+        accuracy, of_drawn = (f"{its.accuracy:.1%}" if its.asked else "-" for its in (each, drawn))
+        click.echo(f"{name:<24}{each.asked:>7}{each.right:>7}{accuracy:>10}   {interval:<18}{of_drawn:>8}")
     if weighed is not None:
         click.echo(
             f"\ncalibration of yes and no: {weighed.right} of {weighed.asked} right, error {weighed.error:.4f}\n"

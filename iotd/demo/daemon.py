@@ -22,7 +22,7 @@ POLL_S = 0.1
 """Between two looks for what is waited for."""
 DEMO_SECTIONS: dict[str, dict[str, Any]] = {
     "context": {"window": 1024},
-    "ask": {"temperature": 0.0, "presence_penalty": 0.0},
+    "ask": {"temperature": 0.0},
 }
 """What suits the demo's model: it was trained on streams of about 700 tokens."""
 

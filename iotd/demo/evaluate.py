@@ -16,6 +16,8 @@ from iotd.demo.questions import KIND_WEIGHTS, Question
 PACE = Pace(events=(4, 18), questions=(6, 9), frames=0.12, mischief=0.03)
 HOME_EVENTS = 34
 """Readings and frames of one home at most: about 700 tokens, as long as the conversations of the training."""
+SEEDS_OF_A_HOME = 1000
+"""Each question about a home has its own, unless there are more."""
 YES_NO = ("Yes", "No")
 """How the answer to a question for one of the two begins, unless it is to be JSON."""
 Z_95 = 1.959964
@@ -31,8 +33,11 @@ class Respondent(Protocol):
     def read(self, event: Heard | Seen) -> None:
         """Returns once the answers rest on it."""
 
-    def answer(self, question: str) -> str:
-        """The most likely answer. What is read and asked later is not changed by it."""
+    def answer(self, question: str, seed: int | None = None) -> str:
+        """The most likely answer; with a seed the one that it draws, as a daemon does by default.
+
+        What is read and asked later is not changed by it.
+        """
 
     def weigh(self, question: str, labels: Sequence[str]) -> list[float]:
         """Natural logarithms of the probabilities with which the answer begins with each label."""
@@ -51,6 +56,9 @@ class Outcome:
     answer: str
     expected: str
     right: bool
+    drawn: str
+    """The answer as a daemon draws it by default, with a seed that is the same in every run."""
+    drawn_right: bool
     mischief: bool
     """A payload that is no reading was heard before it, since the home began."""
     yes_no: tuple[float, float] | None = None
@@ -105,15 +113,15 @@ def ask(respondent: Respondent, n_questions: int, *, one_home: bool = False) -> 
     return itertools.islice(_endless(respondent, one_home), n_questions)
 
 
-def scores(outcomes: Iterable[Outcome]) -> dict[str, Score]:
+def by_kind(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     """Of every kind that was asked, in the order of the demo's repertoire."""
-    outcomes = list(outcomes)
-    found = {kind: score([outcome for outcome in outcomes if outcome.kind == kind]) for kind in KIND_WEIGHTS}
-    return {kind: of_kind for kind, of_kind in found.items() if of_kind.asked}
+    found = {kind: [outcome for outcome in outcomes if outcome.kind == kind] for kind in KIND_WEIGHTS}
+    return {kind: of_kind for kind, of_kind in found.items() if of_kind}
 
 
-def score(outcomes: Iterable[Outcome]) -> Score:
-    rights = [outcome.right for outcome in outcomes]
+def score(outcomes: Iterable[Outcome], *, drawn: bool = False) -> Score:
+    """Of the likeliest answers, or of those that were drawn."""
+    rights = [outcome.drawn_right if drawn else outcome.right for outcome in outcomes]
     return Score(len(rights), sum(rights))
 
 
@@ -139,12 +147,24 @@ def _outcomes(respondent: Respondent, seed: int, events: Iterable[Event]) -> Ite
 
 def _outcome(respondent: Respondent, question: Question, seed: int, index: int, mischief: bool) -> Outcome:
     answer = respondent.answer(question.text)
-    right = question.right(answer)
+    drawn = respondent.answer(question.text, seed * SEEDS_OF_A_HOME + index)
     yes_no: tuple[float, float] | None = None
     if question.yes_or_no:
         yes, no = respondent.weigh(question.text, YES_NO)
         yes_no = yes, no
-    return Outcome(seed, index, question.kind, question.text, answer, question.answer, right, mischief, yes_no)
+    return Outcome(
+        home=seed,
+        index=index,
+        kind=question.kind,
+        question=question.text,
+        answer=answer,
+        expected=question.answer,
+        right=question.right(answer),
+        drawn=drawn,
+        drawn_right=question.right(drawn),
+        mischief=mischief,
+        yes_no=yes_no,
+    )
 
 
 def _shortened(events: Iterator[Event]) -> Iterator[Event]:

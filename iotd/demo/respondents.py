@@ -1,6 +1,7 @@
 """Who is asked in an evaluation: a package directly, a running daemon, or daemons started for it.
 
-All decode greedily, so that the same question over the same stream has the same answer.
+The same question over the same stream has the same answer: the likeliest one, or what a seed draws as daemons draw by
+default.
 """
 
 import time
@@ -12,8 +13,8 @@ from types import TracebackType
 from typing import Self
 
 from iotd.address import split_address
-from iotd.client import Client
-from iotd.config import DEFAULT_SYSTEM
+from iotd.client import AskOptions, Client
+from iotd.config import DEFAULT_SYSTEM, AskConfig
 from iotd.demo.broker import embedded_broker
 from iotd.demo.daemon import home_daemon
 from iotd.demo.devices import CAMERA_TOPIC
@@ -73,10 +74,8 @@ class PackageRespondent:
         self._day = entry.day
         self._feed(self._live, [*date, *entry.parts])
 
-    def answer(self, question: str) -> str:
-        logits = self._ask(question)
-        sampling = Sampling(temperature=0.0, presence_penalty=0.0, max_tokens=MAX_TOKENS)
-        generation = self._model.generation(self._fork, logits, sampling)
+    def answer(self, question: str, seed: int | None = None) -> str:
+        generation = self._model.generation(self._fork, self._ask(question), _sampling(seed))
         text = ""
         while not generation.done:
             text += generation.step().answer
@@ -158,10 +157,10 @@ class DaemonRespondent:
             f"the daemon at {self._target} has not read {topic} within {READ_S:g} s",
         )
 
-    def answer(self, question: str) -> str:
-        return self._client.answer(
-            question, budget_s=BUDGET_S, temperature=0.0, presence_penalty=0.0, max_tokens=MAX_TOKENS, thinking=False
-        ).text
+    def answer(self, question: str, seed: int | None = None) -> str:
+        options: AskOptions = {"budget_s": BUDGET_S, "max_tokens": MAX_TOKENS}
+        options |= {"temperature": 0.0, "presence_penalty": 0.0} if seed is None else {"seed": seed}
+        return self._client.answer(question, **options).text
 
     def weigh(self, question: str, labels: Sequence[str]) -> list[float]:
         found = self._client.classify(question, labels, budget_s=BUDGET_S)
@@ -242,15 +241,23 @@ class FreshDaemonRespondent:
     def read(self, event: Heard | Seen) -> None:
         self._respondent.read(event)
 
-    def answer(self, question: str) -> str:
+    def answer(self, question: str, seed: int | None = None) -> str:
         self._n_asked += 1
         if self._restart_every and self._n_asked % self._restart_every == 0:
             self._home.close()
             self._start()
-        return self._respondent.answer(question)
+        return self._respondent.answer(question, seed)
 
     def weigh(self, question: str, labels: Sequence[str]) -> list[float]:
         return self._respondent.weigh(question, labels)
+
+
+def _sampling(seed: int | None) -> Sampling:
+    """Of the likeliest answer; with a seed, as a daemon answers an ask that brings no more than that."""
+    if seed is None:
+        return Sampling(temperature=0.0, max_tokens=MAX_TOKENS)
+    defaults = AskConfig()
+    return Sampling(defaults.temperature, presence_penalty=defaults.presence_penalty, seed=seed, max_tokens=MAX_TOKENS)
 
 
 def _message(event: Heard | Seen) -> tuple[str, str | bytes]:

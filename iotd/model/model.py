@@ -226,7 +226,7 @@ class Model:
         temperature: float = 0.7,
         top_p: float = 0.8,
         top_k: int = 20,
-        presence_penalty: float = 1.5,
+        presence_penalty: float = 0.0,
         seed: int | None = None,
         stop: Sequence[str] | str = (),
         thinking: bool = False,
