@@ -77,7 +77,7 @@ class AskConfig(_Section, frozen=True):
     temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.7
     """Of an ask that names none."""
     presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
-    """Of an ask that names none. More than 0 spoils numbers, whose digits come again; loops are noticed without it."""
+    """Of an ask that names none. Names and units come again by nature, and loops are noticed without it."""
     reserve_tokens: Annotated[int, msgspec.Meta(ge=64, le=1_000_000)] = 1024
     """Positions kept beyond the window for a question with its images and answer."""
     session_bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] = 256 * 1024 * 1024

@@ -46,6 +46,16 @@ MAX_CAMERAS = 64
 
 
 @dataclass(frozen=True, slots=True)
+class Draw:
+    """How a thought's next token is drawn; as in Sampling."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    presence_penalty: float
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is drawn. `temperature` 0 takes the most likely one."""
 
@@ -54,13 +64,16 @@ class Sampling:
     top_k: int = 20
     """0 keeps the whole vocabulary."""
     presence_penalty: float = 0.0
-    """Taken off the logit of every token already generated. Of a value such as 11, the second digit is such a token."""
+    """Taken off the logit of every token already generated but digits, which come again by nature. In an answer, those
+    of its thought do not count."""
     seed: int | None = None
     """The same seed, prompt and package give the same text; None draws one."""
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     """Strings that end the answer; they are not part of it."""
     thinking: bool = False
+    thoughts: Draw | None = None
+    """How thoughts are drawn, where it is not as the answer is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from scripted_engine import DONE, PNG, STATUS, WAIT_S, WEIGHED, Daemon, Scripted
 from iotd import errors
 from iotd.client import Answer, AsyncClient, Classification, Client
 from iotd.config import AskConfig, GrpcConfig
-from iotd.events import Accepted, Format, Labels, Sampling
+from iotd.events import Accepted, Draw, Format, Labels, Sampling
 from iotd.rpc.request import REPLY_S, budget_for
 
 
@@ -102,7 +102,7 @@ def test_every_option_reaches_the_engine(daemon: Daemon, client: Client, tmp_pat
     ask = daemon.engine.next().ask
     assert len(ask.images) == 3
     assert (ask.question, ask.camera, ask.use_context) == ("Who is there?", "porch", False)
-    assert ask.sampling == Sampling(0.0, 0.5, 0, -1.0, 7, 9, ("\n",), True)
+    assert ask.sampling == Sampling(0.0, 0.5, 0, -1.0, 7, 9, ("\n",), True, Draw(0.0, 0.5, 0, -1.0))
     assert ask.deadline_s - ask.arrived_s == pytest.approx(3.0 - REPLY_S)
 
 

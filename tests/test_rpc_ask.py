@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -13,7 +14,7 @@ from scripted_engine import DONE, PNG, WAIT_S, Daemon, ScriptedTicket, channel, 
 
 from iotd.config import AskConfig
 from iotd.errors import DeadlineExceeded
-from iotd.events import Done, FinishReason, Format, Sampling, Timings, Usage
+from iotd.events import Done, Draw, FinishReason, Format, Sampling, Timings, Usage
 from iotd.rpc import service
 from iotd.rpc.request import REPLY_MARGIN_S, budget_for, deadline_s
 from iotd.rpc.times import duration
@@ -85,6 +86,27 @@ def test_unset_fields_take_the_defaults(daemon: Daemon, stub: Any) -> None:
     assert ask.sampling == Sampling(max_tokens=99, temperature=0.3, presence_penalty=0.5)
 
 
+@pytest.mark.parametrize(
+    ("fields", "given", "thoughts"),
+    [
+        ({}, {}, Draw(1.0, 0.95, 20, 1.5)),
+        ({"camera": "porch"}, {}, Draw(0.6, 0.95, 20, 0.0)),
+        ({"images": [PNG]}, {}, Draw(0.6, 0.95, 20, 0.0)),
+        ({}, {"temperature": 0, "presence_penalty": 0.25}, Draw(0.0, 0.95, 20, 0.25)),
+    ],
+)
+def test_thoughts_are_drawn_by_the_models_card_where_the_request_does_not_say_how(
+    daemon: Daemon, stub: Any, fields: Any, given: dict[str, float], thoughts: Draw
+) -> None:
+    """The answer behind them is drawn as every other."""
+    sampling = iotd_pb2.SamplingOptions(thinking=True, **given)
+    _call = stub.Ask(question(sampling=sampling, **fields))
+    _other = stub.Ask(question(sampling=iotd_pb2.SamplingOptions(**given), **fields))
+    ask, other = (daemon.engine.next().ask for _ in range(2))
+    assert ask.sampling.thoughts == thoughts
+    assert replace(ask.sampling, thoughts=None, thinking=False) == other.sampling
+
+
 def test_a_session_goes_both_ways(daemon: Daemon, stub: Any) -> None:
     _call = stub.Ask(question(session="abc", keep_session=True, catch_up=True))
     ask = daemon.engine.next().ask
@@ -108,7 +130,7 @@ def test_every_field_reaches_the_engine_zeros_too(daemon: Daemon, stub: Any) -> 
     ask = daemon.engine.next().ask
     assert ask.camera == "porch"
     assert ask.use_context is False
-    assert ask.sampling == Sampling(0.0, 1.0, 0, 0.0, 0, 5, ("\n", "."), True)
+    assert ask.sampling == Sampling(0.0, 1.0, 0, 0.0, 0, 5, ("\n", "."), True, Draw(0.0, 1.0, 0, 0.0))
     assert len(ask.images) == 2
     np.testing.assert_array_equal(ask.images[0], decode_image(PNG))
 

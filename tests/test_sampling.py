@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from iotd.config import AskConfig
 from iotd.errors import InvalidInput
-from iotd.events import Sampling
+from iotd.events import Draw, Sampling
 from iotd.model.sampling import BLOCK, Sampler, check_sampling, top_k
 from iotd.rpc.request import parse
 from iotd.v1 import iotd_pb2
@@ -140,6 +140,35 @@ def test_a_digit_comes_again_by_default() -> None:
 
     assert n_elevens(defaults) == 400
     assert n_elevens(spoilt) < 350
+
+
+def test_the_penalty_spares_what_comes_again_by_nature() -> None:
+    logits = np.array([0.0, -1.0, -2.0], np.float32)
+    sampler = Sampler(Sampling(temperature=0.0, presence_penalty=1.5), spared={0})
+    assert [sampler.draw(logits) for _ in range(3)] == [0, 0, 0]
+
+
+def test_an_answer_may_say_again_what_its_thought_said() -> None:
+    logits = np.array([0.0, -1.0, -2.0], np.float32)
+    sampler = Sampler(Sampling(temperature=0.0, presence_penalty=1.5), thinking=True)
+    thought = [sampler.draw(logits) for _ in range(3)]
+    sampler.begin_answer()
+    assert thought == [sampler.draw(logits) for _ in range(3)] == [0, 1, 0]
+
+
+def test_thoughts_are_drawn_in_a_way_of_their_own() -> None:
+    """An answer without one, as the sampling says."""
+    logits = np.zeros(1000, np.float32)
+    greedy, free = Draw(0.0, 1.0, 0, 0.0), Draw(1.0, 1.0, 0, 0.0)
+    for thoughts, answer, thinking in ((greedy, free, True), (free, greedy, True), (free, greedy, False)):
+        sampling = Sampling(*(getattr(answer, name) for name in Draw.__slots__), seed=0, thoughts=thoughts)
+        sampler = Sampler(sampling, thinking=thinking)
+        first = {sampler.draw(logits) for _ in range(20)}
+        if thinking:
+            sampler.begin_answer()
+        then = {sampler.draw(logits) for _ in range(20)}
+        expected = (thoughts, answer) if thinking else (answer, answer)
+        assert (len(first) == 1, len(then) == 1) == tuple(how is greedy for how in expected)
 
 
 def test_the_same_seed_draws_the_same() -> None:

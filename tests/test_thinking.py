@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from scripted_decoder import Script, told
 from scripted_model import ScriptedModel
 
+from iotd.config import AskConfig
 from iotd.engine.plan import LEAST_TOKENS
 from iotd.events import Delta, Done, FinishReason, Sampling
 from iotd.model import Model
 from iotd.model.generation import Generation
+from iotd.rpc.request import parse
+from iotd.v1 import iotd_pb2
 
 THINK_END = 256 + CONTROLS.index("</think>")
 
@@ -73,6 +76,21 @@ def test_a_thought_is_ended_by_force_in_one_run(model: Model, n_thought: int) ->
     assert told(generation) == ("", "es")
     assert "".join(each.thought for each in said) == "Let me see: yes"[:n_thought]
     assert script.read == [*b"Let me see"[:n_thought], *model.endings.thought, *b"Yes"]
+
+
+def test_digits_come_again_in_thoughts_and_in_the_answer(model: Model) -> None:
+    """As a daemon draws by default, where the model is sure of a number and no less sure of it the second time."""
+    options = iotd_pb2.SamplingOptions(thinking=True)
+    defaults = parse(iotd_pb2.AskRequest(question="?", sampling=options), 0.0, 1.0, AskConfig()).sampling
+    assert defaults.thoughts is not None and defaults.thoughts.presence_penalty == 1.5
+    below = dict.fromkeys(b"0123456789", 6.0)
+    for seed in range(100):
+        script = Script(model, [*b"11", end_of(model), *b"11", 258], below)
+        assert told(script.generation(**{**asdict_of(defaults), "seed": seed})) == ("11", "11"), seed
+
+
+def asdict_of(sampling: Sampling) -> dict[str, Any]:
+    return {name: getattr(sampling, name) for name in Sampling.__slots__}
 
 
 def test_stop_strings_count_in_the_answer_alone(model: Model) -> None:

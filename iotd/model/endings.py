@@ -56,6 +56,8 @@ class Endings:
     where it does not tell them apart."""
     thought_end: int | None
     """The one of these that is a control token, by which the model itself ends its thoughts."""
+    digits: frozenset[int]
+    """With which a number need not be at its end."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, chat: ChatTemplate, eos_token_ids: Collection[int]) -> Self:
@@ -70,4 +72,5 @@ class Endings:
             ellipsis=tuple(tokenizer.encode(ELLIPSIS)),
             thought=tuple(thought) if controls else (),
             thought_end=controls[-1] if controls else None,
+            digits=frozenset(token for digit in "0123456789" for token in tokenizer.encode(digit)),
         )

@@ -95,7 +95,7 @@ class Generation:
         """The last tokens, which the state has not read; one that ended the turn is not among them."""
         self._decoder = decoder
         self._logits: Floats | None = logits
-        self._sampler = Sampler(sampling)
+        self._sampler = Sampler(sampling, endings.digits, thinking=self.thinking)
         self._max_tokens = sampling.max_tokens
         self._text = text
         self._stops = StopStrings(sampling.stop)
@@ -233,6 +233,7 @@ class Generation:
         self._add(tokens)
         self._logits = None
         self._repetition = Repetition()
+        self._sampler.begin_answer()
         self.thinking = False
 
     def _write(self, tokens: Sequence[int]) -> None:

@@ -23,7 +23,7 @@ from iotd.model.lookup import Lookup
 from iotd.model.package import CHAT, TOKENIZER, VISION, Manifest, read_manifest, verify
 from iotd.model.packed import open_packed
 from iotd.model.packed import pack as pack_graph
-from iotd.model.sampling import check_sampling
+from iotd.model.sampling import sampling_of
 from iotd.model.session import OpenGraph, Threads, open_session
 from iotd.model.spec import ModelSpec
 from iotd.model.state import State
@@ -223,10 +223,10 @@ class Model:
         messages: Sequence[Message],
         *,
         max_tokens: int = 64,
-        temperature: float = 0.7,
-        top_p: float = 0.8,
-        top_k: int = 20,
-        presence_penalty: float = 0.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        presence_penalty: float | None = None,
         seed: int | None = None,
         stop: Sequence[str] | str = (),
         thinking: bool = False,
@@ -235,14 +235,17 @@ class Model:
         """Answer a conversation, yielding valid UTF-8 pieces of text. Thoughts are not among them; their tokens count.
 
         `messages` are those of the checkpoint's chat template; `content` is a text, or parts of type `text` and `image`
-        (uint8 [H, W, 3]). `capacity` bounds prompt and answer together; by default it is what they need at most.
+        (uint8 [H, W, 3]). Options that are None are those of Sampling; for thoughts, those of the model's card.
+        `capacity` bounds prompt and answer together; by default it is what they need at most.
         Raises ContextOverflow before anything is run where the prompt does not fit, and InvalidInput for a message or
         an option that cannot be used.
         """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        sampling = Sampling(temperature, top_p, top_k, presence_penalty, seed, max_tokens, stops, thinking)
-        check_sampling(sampling)
+        defaults = Sampling(seed=seed, max_tokens=max_tokens, stop=stops, thinking=thinking)
+        options = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "presence_penalty": presence_penalty}
+        given = {name: value for name, value in options.items() if value is not None}
         parts = self._parts(messages, thinking)
+        sampling = sampling_of(defaults, given, images=not all(isinstance(part, list) for part in parts))
         needed = sum(self._n_tokens(part) for part in parts)
         if capacity is not None and needed > capacity:
             raise ContextOverflow(needed, capacity, field="messages")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from iotd.config import AskConfig
 from iotd.errors import InvalidInput
 from iotd.events import RGB, Ask, Format, Labels, Sampling
-from iotd.model.sampling import check_sampling
+from iotd.model.sampling import sampling_of
 from iotd.rpc.times import seconds
 from iotd.v1 import iotd_pb2
 
@@ -69,7 +69,7 @@ def parse(request: Request, arrived_s: float, ends_s: float, limits: AskConfig) 
         return replace(ask, labels=_labels(request), sampling=NOTHING_DRAWN)
     if request.catch_up and not request.session:
         raise InvalidInput("catch_up is for a question that goes on from a session", field="catch_up")
-    form, sampling = _format(request), _sampling(request.sampling, limits)
+    form, sampling = _format(request), _sampling(request, limits)
     if form is not None and (sampling.stop or sampling.thinking):
         name = "stop" if sampling.stop else "thinking"
         raise InvalidInput(f"{name} is for free text: it does not go with {form.kind}", field=f"sampling.{name}")
@@ -156,15 +156,17 @@ def _format(request: iotd_pb2.AskRequest) -> Format | None:
             return Format(kind, (getattr(request, kind),))
 
 
-def _sampling(options: iotd_pb2.SamplingOptions, limits: AskConfig) -> Sampling:
+def _sampling(request: iotd_pb2.AskRequest, limits: AskConfig) -> Sampling:
+    options, stop = request.sampling, tuple(request.sampling.stop)
+    _check_stops(stop)
     defaults = Sampling(
-        max_tokens=limits.max_tokens, temperature=limits.temperature, presence_penalty=limits.presence_penalty
+        max_tokens=limits.max_tokens,
+        temperature=limits.temperature,
+        presence_penalty=limits.presence_penalty,
+        stop=stop,
     )
     given = {field.name: value for field, value in options.ListFields() if field.name != "stop"}
-    sampling = replace(defaults, **given, stop=tuple(options.stop))
-    check_sampling(sampling)
-    _check_stops(sampling.stop)
-    return sampling
+    return sampling_of(defaults, given, images=bool(request.images or request.camera))
 
 
 def _check_stops(stops: tuple[str, ...]) -> None:
