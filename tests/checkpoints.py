@@ -19,7 +19,12 @@ Tensors = dict[str, NDArray[Any]]
 
 def copy_checkpoint(folder: Path, name: str = "grouped") -> Path:
     """A copy that a test may change; `grouped` is tied, `untied` is not."""
-    shutil.copytree(GOLDEN / name, folder, ignore=shutil.ignore_patterns("expected.npz"))
+    return copy_files(GOLDEN / name, folder, but="expected.npz")
+
+
+def copy_files(source: Path, folder: Path, *, but: str) -> Path:
+    """A copy of a folder without one of its files."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(but))
     return folder
 
 
