@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from iotd.config import DEFAULT_SYSTEM
+from iotd.convert.chat import CHATML
+from iotd.convert.random import random_tokenizer_json
 from iotd.convert.samples import KINDS, OWN, Texts, pictures, read_lines, sequences
 from iotd.convert.samples.blocks import LANGUAGES, Part
 from iotd.convert.samples.chats import Writer, exact_line, hint, talks
@@ -24,8 +26,6 @@ from iotd.convert.samples.homes import Home, Said, Stream, homes
 from iotd.convert.samples.passages import languages, packed, registers
 from iotd.convert.samples.questions import KINDS as QUESTION_KINDS
 from iotd.convert.samples.questions import phrases
-from iotd.convert.chat import CHATML
-from iotd.convert.random import random_tokenizer_json
 from iotd.convert.tokenizer import compile_tokenizer
 from iotd.demo.package import CHECKPOINT
 from iotd.engine import lines as daemon

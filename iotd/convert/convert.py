@@ -51,12 +51,11 @@ from iotd.model.session import Threads, open_session
 from iotd.model.spec import ModelSpec
 from iotd.model.tokenizer import Tokenizer
 
-SENSITIVE = ("v_proj", "down_proj")
 RECIPES = {
-    "int4": Recipe(name="int4", bits=4, vision_bits=8, block=128),
+    "int4": Recipe(name="int4", bits=4, vision_bits=8, block=64),
+    "int4-128": Recipe(name="int4-128", bits=4, vision_bits=8, block=128),
     "int4-64": Recipe(name="int4-64", bits=4, vision_bits=8, block=64),
     "int4-32": Recipe(name="int4-32", bits=4, vision_bits=8, block=32),
-    "int4-mixed": Recipe(name="int4-mixed", bits=4, vision_bits=8, block=128, finer=SENSITIVE),
     "int8": Recipe(name="int8", bits=8, vision_bits=8),
     "fp32": Recipe(name="fp32", bits=32, vision_bits=32),
 }

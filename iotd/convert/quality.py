@@ -20,9 +20,6 @@ FIRST = 8
 """Tokens of a text that are left out: what follows so little is anybody's guess."""
 ROWS = 64
 """Positions of which logits are in memory at once."""
-LEAST_AGREEMENT_KLD = 0.3
-"""Nats, in the mean of all kinds of text, above which a package says that it is a poor one: more than twice what the
-usual 4-bit files (llama.cpp's Q4_K_M) of small models take (0.10 to 0.15 for SmolLM2-135M)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,19 @@ def _model(config: Config, threads: int, open_model: Open) -> Iterator[Finding]:
     yield Finding(
         "model", True, f"{manifest.name} ({manifest.recipe.name}, {vision}), {_mb(weights)} on disk, {threads} threads"
     )
+    yield _quality(manifest)
     yield memory
+
+
+def _quality(manifest: package.Manifest) -> Finding:
+    """No reason not to start: it answers, as well as it can."""
+    if manifest.kld is None:
+        known = (
+            "not measured" if manifest.recipe.bits == 4 else f"not measured, {manifest.recipe.bits} bits are near it"
+        )
+        return Finding("quality", True, f"how near the package is to its original is {known}")
+    figures = ", ".join(f"{one.kind} {one.kld_mean:.3f} nats ({one.top1:.0%} same)" for one in manifest.quality)
+    return Finding("quality", True, f"{manifest.poor}: " * bool(manifest.poor) + f"from its original on {figures}")
 
 
 def _memory(config: Config, manifest: package.Manifest, weights: int) -> Finding:
