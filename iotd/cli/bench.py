@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from iotd.cli.options import DURATION, FILE, HEAD, JSON, THREADS, Number
-from iotd.cli.show import extra, plain, progress
+from iotd.cli.show import extra, plain, progress, quality_lines
 
 if TYPE_CHECKING:
     from iotd.model.head import HeadKind
@@ -208,6 +209,64 @@ def profile(package: Path, threads: int, least: float, as_json: bool) -> None:
             click.echo(json.dumps(plain(share)))
         else:
             click.echo(f"{share.what:<14}{share.operator:<34}{share.nodes:>6}{share.mean_ms:>10.2f}{share.part:>8.1%}")
+
+
+@bench.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option(
+    "--reference",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="CHECKPOINT|PACKAGE",
+    help="What the package was made of: the checkpoint's folder, or a package of it with --recipe fp32.",
+)
+@click.option("--on", type=FILE, help="Texts to measure on; a line `## KIND` begins a kind. Held-back ones otherwise.")
+@click.option("--tokens", "n_tokens", type=click.IntRange(512), default=4096, show_default=True, help="Without --on.")
+@THREADS
+@PLOT
+@JSON
+def quality(
+    package: Path,
+    reference: Path,
+    on: Path | None,
+    n_tokens: int,
+    threads: int,
+    plot: IO[str] | None,
+    as_json: bool,
+) -> None:
+    """How far a package is from its original, token by token, and which of its matrices cost most.
+
+    KLD is the Kullback-Leibler divergence of the next token's distribution from the original's, in nats; "same", how
+    often the likeliest token is the same. With the checkpoint as reference: the noise that each matrix adds, by layer.
+    """
+    with extra("convert"):
+        from iotd.ops import bench_quality as measure
+    from iotd.model import Model
+    from iotd.model.package import MANIFEST
+    from iotd.ops.bench import machine
+
+    model = Model.open(package, threads=threads)
+    texts = measure.texts_of(model, on, n_tokens)
+    packaged = (reference / MANIFEST).exists()
+    if packaged:
+        expected = measure.of_package(Model.open(reference, threads=threads), texts)
+    else:
+        expected = measure.of_checkpoint(reference, texts)
+    with progress("measuring", sum(len(text.ids) for text in texts), as_json) as advance:
+        found = measure.measure(model, texts, expected, advance)
+    costs = [] if packaged else [*measure.costs(package, reference, texts)]
+    if as_json:
+        told = {"texts": [msgspec.to_builtins(one) for one in found], "matrices": [plain(cost) for cost in costs]}
+        click.echo(json.dumps(told))
+    else:
+        click.echo("\n".join(quality_lines(found)))
+        for line in measure.cost_lines(costs):
+            click.echo(line)
+    if plot:
+        from iotd.ops.plot import svg
+
+        caption = f"{machine()}\niotd {shlex.join(sys.argv[1:])}"
+        plot.write(svg([*measure.figures(found, costs)], caption, axis="layer"))
 
 
 class Budgets(click.ParamType[tuple[float, float]]):

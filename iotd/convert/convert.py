@@ -157,6 +157,13 @@ def convert_random(
     return _Conversion(origin, RECIPES[recipe], calibration, shortlist, progress).run(out)
 
 
+def open_stack(checkpoint: Path) -> TextStack:
+    """The text model of a checkpoint, layer by layer. Raises CheckpointError."""
+    opened = Checkpoint(checkpoint)
+    spec = spec_from_config(opened.config, checkpoint, tied=_shares_its_head(opened), vision=False)
+    return TextStack(spec, CheckpointWeights(opened, lambda _: None))
+
+
 def n_steps(n_elements: int, recipe: str, calibration: Calibration | None) -> int:
     """What the progress of a conversion adds up to."""
     return n_elements * (1 + PASSES * (_calibrates(RECIPES[recipe], calibration)))

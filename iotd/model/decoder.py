@@ -94,6 +94,22 @@ class Decoder:
         self._run(beside, positions, n_rows, after=state)
         return self._head.logits(self._hidden[0, :n_rows], only=only)
 
+    def logits_along(self, state: State, token_ids: Sequence[int] | Ints) -> Floats:
+        """Read tokens, int64 [T], into the state. Returns float32 [T, V]: exact logits behind each of them.
+
+        Raises ContextOverflow or InvalidInput before anything is run.
+        """
+        ids = self._checked_ids(token_ids)
+        self._check_room(state, len(ids))
+        found = np.empty((len(ids), self.spec.vocab_size), np.float32)
+        every = np.arange(self.spec.vocab_size)
+        for start in range(0, len(ids), MOST_ROWS):
+            part = ids[start : start + MOST_ROWS]
+            self._run(state, self._embed(state, part), len(part))
+            state.rope_position += len(part)
+            found[start : start + len(part)] = self._head.logits(self._hidden[0, : len(part)], only=every)
+        return found
+
     def prefill_embeddings(
         self, state: State, embeddings: Floats, positions: Ints, rope_span: int, *, logits: bool = False
     ) -> Floats | None:

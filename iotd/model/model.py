@@ -138,6 +138,10 @@ class Model:
         """Read one token. Returns float32 [V], which the next call overwrites."""
         return self._decoder.step(state, token_id)
 
+    def logits_along(self, state: State, token_ids: Tokens) -> Floats:
+        """Read tokens, int64 [T]. Returns float32 [T, V]: exact logits behind each of them; for measuring."""
+        return self._decoder.logits_along(state, token_ids)
+
     def image_grid(self, shape: tuple[int, ...]) -> Grid:
         """Patches (t, h, w) of an image of shape [H, W, …], after its resize."""
         return self._encoder().grid(shape[0], shape[1])
