@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from iotd.cli.options import DURATION, FILE, HEAD, JSON, THREADS, Number
 from iotd.cli.show import extra, plain, progress, quality_lines
@@ -256,7 +255,9 @@ def quality(
         found = measure.measure(model, texts, expected, advance)
     costs = [] if packaged else [*measure.costs(package, reference, texts)]
     if as_json:
-        told = {"texts": [msgspec.to_builtins(one) for one in found], "matrices": [plain(cost) for cost in costs]}
+        from msgspec import to_builtins
+
+        told = {"texts": [to_builtins(one) for one in found], "matrices": [plain(cost) for cost in costs]}
         click.echo(json.dumps(told))
     else:
         click.echo("\n".join(quality_lines(found)))

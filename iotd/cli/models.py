@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import click
-import msgspec
 
 from iotd.cli.options import JSON
 from iotd.cli.show import extra, progress, quality_lines
@@ -186,8 +185,10 @@ def _shortlist(languages: str | None, texts: tuple[Path, ...]) -> "Choice | None
 def _tell_package(path: Path, made: "Manifest", as_json: bool) -> None:
     nbytes = sum(entry.nbytes for entry in made.files.values())
     if as_json:
+        from msgspec import to_builtins
+
         told = {"path": str(path), "name": made.name, "recipe": made.recipe.name, "nbytes": nbytes}
-        click.echo(json.dumps(told | {"quality": [msgspec.to_builtins(found) for found in made.quality]}))
+        click.echo(json.dumps(told | {"quality": [to_builtins(found) for found in made.quality]}))
         return
     click.echo(f"{path}: {made.name}, {made.recipe.name}, {nbytes / 1e6:,.1f} MB")
     for line in quality_lines(made.quality):

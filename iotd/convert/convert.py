@@ -2,8 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Origin:
     config: dict[str, Any]
     folder: Path | None
     """Where the tokenizer and the chat template lie; None makes those of a random package."""
-    weights: Weights
+    weights: Callable[[Progress], Weights]
     tied: bool
     vision: bool
     stamp: str
@@ -121,7 +122,7 @@ def convert_checkpoint(
         source=source,
         config=opened.config,
         folder=checkpoint,
-        weights=CheckpointWeights(opened, progress),
+        weights=partial(CheckpointWeights, opened),
         tied=_shares_its_head(opened),
         vision=vision and bool(opened.config.get("vision_config")),
         stamp=opened.stamp,
@@ -148,7 +149,7 @@ def convert_random(
         source=Source(repo="random", revision=f"seed {seed}"),
         config=config,
         folder=None,
-        weights=random.RandomWeights(seed, progress),
+        weights=partial(random.RandomWeights, seed),
         tied=config["text_config"]["tie_word_embeddings"],
         vision=vision,
         stamp=f"random {size} {seed}",
@@ -161,12 +162,16 @@ def open_stack(checkpoint: Path) -> TextStack:
     """The text model of a checkpoint, layer by layer. Raises CheckpointError."""
     opened = Checkpoint(checkpoint)
     spec = spec_from_config(opened.config, checkpoint, tied=_shares_its_head(opened), vision=False)
-    return TextStack(spec, CheckpointWeights(opened, lambda _: None))
+    return TextStack(spec, CheckpointWeights(opened, _unheard))
 
 
 def n_steps(n_elements: int, recipe: str, calibration: Calibration | None) -> int:
     """What the progress of a conversion adds up to."""
     return n_elements * (1 + PASSES * (_calibrates(RECIPES[recipe], calibration)))
+
+
+def _unheard(_n_elements: int) -> None:
+    """Progress that nobody is told of."""
 
 
 def _calibrates(recipe: Recipe, calibration: Calibration | None) -> bool:
@@ -209,7 +214,7 @@ class _Conversion:
     def _calibrate(self, spec: ModelSpec, texts: Texts, work: Path) -> Calibrated:
         steps = PASSES * self._origin.n_elements
         ids = [text.ids for text in (*texts.fit, *texts.held)]
-        stack = TextStack(spec, self._origin.weights)
+        stack = TextStack(spec, self._origin.weights(_unheard))
         advance = lambda part: self._progress(round(part * steps))  # noqa: E731
         return Calibrator(stack, ids, len(texts.fit), self._recipe, work, advance).run()
 
@@ -218,7 +223,7 @@ class _Conversion:
     ) -> tuple[Quality, ...]:
         """Of the layers as they were calibrated and the head as it was written, on the texts that were held back."""
         session = open_session(folder / HEAD, Threads(len(os.sched_getaffinity(0))))
-        reference = float_logits(head_matrix(spec, self._origin.weights, shortlist, again=True))
+        reference = float_logits(head_matrix(spec, self._origin.weights(_unheard), shortlist))
         parts: dict[str, list[Divergence]] = {}
         start = sum(len(text.ids) for text in texts.fit)
         for text in texts.held:
@@ -235,7 +240,7 @@ class _Conversion:
         self, folder: Path, spec: ModelSpec, rounding: Rounding, shortlist: Sequence[int] | None
     ) -> tuple[TableEntry, HeadEntry]:
         """Returns where the rows of embedding and head lie: the same ones where the head has a row for each token."""
-        weights = self._origin.weights
+        weights = self._origin.weights(self._progress)
         head = write_head(folder, spec, weights, rounding, shortlist)
         embedding = head.table
         with GraphWriter(folder / DECODER, rounding) as graph:

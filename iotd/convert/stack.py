@@ -53,7 +53,7 @@ class TextStack:
         return None if self._spec.tied else self._matrix("head.weight")
 
     def _matrix(self, name: str) -> Matrix:
-        return self._weights.matrix(name, self._spec.vocab_size, self._spec.hidden_size, again=True)
+        return self._weights.matrix(name, self._spec.vocab_size, self._spec.hidden_size)
 
     def write_layer(self, graph: GraphWriter, i: int) -> None:
         DecoderWriter(graph, self._spec, self._weights).write_layer(i)
