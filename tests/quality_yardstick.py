@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from yardstick.measure import Report, measure
-from yardstick.recipes import RECIPES
+from yardstick.recipes import recipes
 from yardstick.sources import PACKAGES, MissingModel
 from yardstick.texts import Text, default_texts, read_texts
 
@@ -37,7 +37,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("quality_yardstick.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", choices=PACKAGES)
     parser.add_argument(
-        "--recipe", action="append", choices=RECIPES, help="may be given several times; default: default"
+        "--recipe", action="append", choices=recipes(), help="may be given several times; default: default"
     )
     parser.add_argument("--texts", type=Path, help="a file in which a line `## KIND` begins a kind of text")
     parser.add_argument("--tokens", type=int, help=f"of each kind at most; {DEFAULT_TOKENS}, but all of a file's")
@@ -47,10 +47,10 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _reports(asked: argparse.Namespace, texts: list[Text], most: int | None) -> Iterator[tuple[str, Report]]:
-    recipes = asked.recipe or ["default"]
+    names = asked.recipe or ["default"]
     with tempfile.TemporaryDirectory() as work:
-        reports = measure(asked.model, recipes, texts, most, asked.seed, Path(work))
-        yield from zip(recipes, reports, strict=True)
+        reports = measure(asked.model, names, texts, most, asked.seed, Path(work))
+        yield from zip(names, reports, strict=True)
 
 
 def _table(name: str, report: Report) -> str:

@@ -14,7 +14,7 @@ SUB_BLOCK = 32  # of Q4_K
 FINE_BLOCK = 16  # of Q6_K
 SMALL = np.float32(1e-30)
 SPANS = 0.1 * np.arange(21) - 1
-"""What is added to the 15 steps between a sub-block's least and largest value: the trial scales of llama.cpp's search."""
+"""What is added to the 15 steps between a sub-block's least and largest value: the scales that llama.cpp tries."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,28 @@
 """Measures recipes on one model: the float32 stack once, then the stack as each recipe has it, on the same texts."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from yardstick.figures import Distances, distances, joined, summary
-from yardstick.recipes import RECIPES
-from yardstick.run import Variant
+from onnx import TensorProto
+
+from iotd.convert.graph import GraphWriter
+from iotd.convert.layers import FLOAT, Layers
+from iotd.convert.quality import Divergence, Logits, compare, float_logits, joined, quality
+from iotd.convert.rounding import HEAD
+from iotd.model.session import Threads, open_session
+from yardstick.recipes import Rounded, recipes
 from yardstick.sources import Source, find_model
 from yardstick.stacks import open_stack
 from yardstick.texts import Text, cut
-from yardstick.tokens import first_tokens, open_tokenizer
+from yardstick.tokens import Calibrating, open_tokenizer
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-FIRST = 8
-"""Positions that are left out: what follows so few tokens is anybody's guess."""
-ROWS = 64
-"""Positions whose logits are in memory at a time: 67 MB each for 262,144 tokens."""
 
 
 class Report(TypedDict):
@@ -31,40 +34,42 @@ class Report(TypedDict):
 
 
 def measure(
-    model: str, recipes: Sequence[str], texts: Sequence[Text], most: int | None, seed: int, work: Path
+    model: str, names: Sequence[str], texts: Sequence[Text], most: int | None, seed: int, work: Path
 ) -> Iterator[Report]:
     """Of each recipe, one after the other. most: tokens of each text. Raises MissingModel."""
     source = Source(find_model(model, work), work, seed)
-    stack, tokenizer = open_stack(source), open_tokenizer(source)
-    sequences = [cut(text.text, tokenizer, first_tokens(source), most) for text in texts]
-    flat = [ids for of_text in sequences for ids in of_text]
-    reference = Variant(stack, RECIPES["fp32"](stack), _folder(work, "float"))
-    expected = reference.hidden(flat)
-    for name in recipes:
-        variant = Variant(stack, RECIPES[name](stack), _folder(work, name))
-        parts = [*_compare(reference, variant, expected, flat)]
-        figures = []
-        for text, of_text in zip(texts, sequences, strict=True):
-            mine, parts = parts[: len(of_text)], parts[len(of_text) :]
-            figures.append({"kind": text.kind, **summary(joined(mine))})
-        yield Report(bits=variant.bits, texts=figures, head=None)
+    tokenizer = Calibrating.of(source, open_tokenizer(source))
+    sequences = [(text.kind, ids) for text in texts for ids in cut(text.text, tokenizer, most)]
+    ids = [each for _, each in sequences]
+    reference = open_stack(source)
+    expected = Layers(reference, ids, work).hidden(FLOAT)
+    for name in names:
+        folder = work / name
+        folder.mkdir()
+        rounded = recipes()[name](source, tokenizer, ids, folder)
+        both = float_logits(reference.embedding()), _logits(rounded, folder)
+        yield Report(bits=rounded.bits, texts=_figures(sequences, expected, rounded.hidden, *both), head=None)
 
 
-def _folder(work: Path, name: str) -> Path:
-    folder = work / name
-    folder.mkdir(exist_ok=True)
-    return folder
+def _figures(
+    sequences: Sequence[tuple[str, Ints]], expected: Floats, found: Floats, reference: Logits, logits: Logits
+) -> list[dict[str, float | str]]:
+    parts: dict[str, list[Divergence]] = {}
+    start = 0
+    for kind, ids in sequences:
+        rows = slice(start, start + len(ids))
+        parts.setdefault(kind, []).extend(compare(expected[rows], found[rows], ids, reference, logits))
+        start = rows.stop
+    return [msgspec.to_builtins(quality(kind, joined(found))) for kind, found in parts.items()]
 
 
-def _compare(
-    reference: Variant, variant: Variant, expected: Sequence[Floats], sequences: Sequence[Ints]
-) -> Iterator[Distances]:
-    for ids, state, found in zip(sequences, expected, variant.hidden(sequences), strict=True):
-        starts = range(FIRST, len(ids) - 1, ROWS)
-        rows = [slice(start, min(start + ROWS, len(ids) - 1)) for start in starts]
-        yield joined(
-            [
-                distances(reference.logits(state[part]), variant.logits(found[part]), ids[part.start + 1 : part.stop + 1])
-                for part in rows
-            ]
-        )
+def _logits(rounded: Rounded, folder: Path) -> Logits:
+    """Of the head as it is stored."""
+    matrix, path = rounded.stack.embedding(), folder / "head.onnx"
+    with GraphWriter(path, rounded.rounding) as graph:
+        graph.output("logits", TensorProto.FLOAT, ("R", matrix.rows))
+        hidden = graph.input("hidden", TensorProto.FLOAT, ("R", matrix.columns))
+        graph.table(HEAD, matrix)
+        graph.matmul(hidden, HEAD, matrix.columns, matrix.rows, out="logits")
+    session = open_session(path, Threads(len(os.sched_getaffinity(0))))
+    return lambda states: session.run(["logits"], {"hidden": states})[0]

@@ -1,42 +1,98 @@
-"""What the yardstick compares: ways to write the graphs of a stack. Knows no metric."""
+"""What the yardstick compares: ways to round a stack, conversion's own and llama.cpp's. Knows no metric."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
-import onnx
+from numpy.typing import NDArray
+
+from iotd.convert.calibrate import Calibrator
+from iotd.convert.convert import RECIPES, THOROUGH
+from iotd.convert.layers import FLOAT, Layers
+from iotd.convert.rounding import Nearest, Rounding
+from iotd.convert.samples import sequences
+from iotd.convert.stack import Stack
+from iotd.convert.weights import Matrix, slices
+from iotd.model.package import Recipe
 from yardstick.grids import Q4_K, Q6_K, Grid, on_grid
-from yardstick.stacks import LlamaStack
+from yardstick.sources import Source
+from yardstick.stacks import open_stack
+from yardstick.tokens import Calibrating
 
-from iotd.convert.graph import GraphWriter
-from iotd.convert.weights import Matrix
-from iotd.model.package import Bits, Block, TableEntry
-
-
-Writer = Callable[[Path], GraphWriter]
-"""Opens a graph to be written."""
-
-
-class GridWriter(GraphWriter):
-    """Writes matrices as one of llama.cpp's grids holds them, in float32, and counts the bits that its files would take."""
-
-    def __init__(self, path: Path, n_layers: int) -> None:
-        super().__init__(path, bits=32, block=128)
-        self.nbits = 0.0
-        self.n_weights = 0
-        self._n_layers = n_layers
-
-    def table(self, name: str, weight: Matrix) -> TableEntry:
-        grid = q4_k_m(name, self._n_layers)
-        self.nbits += grid.nbits * weight.rows * weight.columns
-        self.n_weights += weight.rows * weight.columns
-        return super().table(
-            name, Matrix(weight.rows, weight.columns, lambda start, stop: on_grid(weight.read(start, stop), grid))
-        )
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+DEFAULT = "int4"
+"""Of conversion's recipes."""
 
 
-def q4_k_m(name: str, n_layers: int) -> Grid:
-    """Which grid llama.cpp's mixture Q4_K_M has for a matrix: the finer one for the table and half of the v and down."""
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A stack as a recipe has it."""
+
+    stack: Stack
+    rounding: Rounding
+    """Of the stack, for graphs."""
+    hidden: Floats
+    """float32 [n, D]: the states of all texts behind the last norm."""
+    bits: float
+    """Of a weight in the files, scales and the table included."""
+    fit: Floats | None = None
+    """The same of the texts that it was calibrated on."""
+
+
+Round = Callable[[Source, Calibrating, Sequence[Ints], Path], Rounded]
+"""Rounds a model and runs it over texts, which only measure. The folder is the recipe's own."""
+
+
+def recipes() -> dict[str, Round]:
+    """All that can be asked for, by name."""
+    found: dict[str, Round] = {"default": _calibrated(RECIPES[DEFAULT]), "none": _nearest(RECIPES[DEFAULT])}
+    for name, recipe in RECIPES.items():
+        found[name] = _calibrated(recipe) if recipe.bits == 4 else _nearest(recipe)
+        if recipe.bits == 4:
+            found[f"none{name.removeprefix(DEFAULT)}"] = _nearest(recipe)
+    return {**found, "q4_k_m": _q4_k_m}
+
+
+def _nearest(recipe: Recipe) -> Round:
+    """As `iotd convert --calibrate none` does it."""
+
+    def round_(source: Source, _: Calibrating, texts: Sequence[Ints], work: Path) -> Rounded:
+        sizes = Sizes()
+        stack, rounding = open_stack(source, sizes.note), Nearest(recipe)
+        hidden = Layers(stack, texts, work).hidden(rounding)
+        return Rounded(stack, rounding, hidden, sizes.bits(rounding))
+
+    return round_
+
+
+def _calibrated(recipe: Recipe) -> Round:
+    """As `iotd convert` does it."""
+
+    def round_(source: Source, tokenizer: Calibrating, texts: Sequence[Ints], work: Path) -> Rounded:
+        sizes = Sizes()
+        stack = open_stack(source, sizes.note)
+        fit = [tokenizer.begun(text.ids) for text in sequences(tokenizer, None, n_tokens=THOROUGH.n_tokens).fit]
+        calibrated = msgspec.structs.replace(recipe, calibrated=True)
+        found = Calibrator(stack, [*fit, *texts], len(fit), calibrated, work).run()
+        n = sum(map(len, fit))
+        return Rounded(stack, found.rounding, found.hidden[n:], sizes.bits(found.rounding), found.hidden[:n])
+
+    return round_
+
+
+def _q4_k_m(source: Source, _: Calibrating, texts: Sequence[Ints], work: Path) -> Rounded:
+    """llama.cpp's mixture of grids, multiplied in float32."""
+    grids = _Grids(source.field(f"{source.field('general.architecture')}.block_count"), work)
+    stack = open_stack(source, grids.stored)
+    return Rounded(stack, FLOAT, Layers(stack, texts, work).hidden(FLOAT), grids.bits)
+
+
+def mixture(name: str, n_layers: int) -> Grid:
+    """Which grid Q4_K_M has for a matrix: the finer one for the table and half of the v and down projections."""
     if not name.startswith("text.layers."):
         return Q6_K
     i, eighth = int(name.split(".")[2]), n_layers // 8
@@ -44,29 +100,47 @@ def q4_k_m(name: str, n_layers: int) -> Grid:
     return Q6_K if more and name.endswith(("v_proj", "down_proj")) else Q4_K
 
 
-def size(path: Path) -> tuple[float, int]:
-    """Bits that the quantised matrices of a graph take in its files, scales included, and how many weights they are."""
-    graph = onnx.load(path, load_external_data=False).graph
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    nbits, n_weights = 0, 0
-    for node in graph.node:
-        if node.op_type != "MatMulNBits":
-            continue
-        sides = {attribute.name: attribute.i for attribute in node.attribute}
-        n_weights += sides["K"] * sides["N"]
-        for name in node.input[1:3]:
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(stored[name].data_type)
-            nbits += 8 * dtype.itemsize * int(np.prod(stored[name].dims))
-    return nbits, n_weights
+class Sizes:
+    """Notes the sizes of the matrices that a stack stores."""
+
+    def __init__(self) -> None:
+        self._sides: dict[str, tuple[int, int]] = {}
+
+    def note(self, name: str, weight: Matrix) -> Matrix:
+        self._sides[name] = weight.rows, weight.columns
+        return weight
+
+    def bits(self, rounding: Rounding) -> float:
+        """Of a weight, in files: whole blocks, and 16 bits for the scale of each."""
+        nbits = 0.0
+        for name, (rows, columns) in self._sides.items():
+            grid = rounding.grid(name)
+            blocks = rows * -(-columns // grid.block)
+            nbits += rows * columns * 32 if grid.bits == 32 else blocks * (grid.block * grid.bits + 16)
+        return nbits / sum(math.prod(sides) for sides in self._sides.values())
 
 
-def _plain(bits: Bits, block: Block = 128) -> Callable[[LlamaStack], Writer]:
-    return lambda _: lambda path: GraphWriter(path, bits=bits, block=block)
+class _Grids:
+    """Puts matrices on the grids of the mixture, once each: the search takes its time."""
 
+    def __init__(self, n_layers: int, work: Path) -> None:
+        self._n_layers = n_layers
+        self._work = work
+        self._found: dict[str, Floats] = {}
+        self._nbits = 0.0
 
-RECIPES: dict[str, Callable[[LlamaStack], Writer]] = {
-    "fp32": _plain(32),
-    "none": _plain(4),
-    "none-32": _plain(4, 32),
-    "q4_k_m": lambda stack: lambda path: GridWriter(path, stack.n_layers),
-}
+    def stored(self, name: str, weight: Matrix) -> Matrix:
+        if name not in self._found:
+            grid = mixture(name, self._n_layers)
+            path = self._work / f"{name}.npy"
+            values: Floats = np.lib.format.open_memmap(path, "w+", np.float32, (weight.rows, weight.columns))
+            for start, stop in slices(weight):
+                values[start:stop] = on_grid(weight.read(start, stop), grid)
+            self._found[name] = values
+            self._nbits += grid.nbits * values.size
+        return Matrix.of(self._found[name])
+
+    @property
+    def bits(self) -> float:
+        """Of a weight, in llama.cpp's files."""
+        return self._nbits / sum(values.size for values in self._found.values())

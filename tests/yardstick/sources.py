@@ -15,9 +15,9 @@ import gguf
 import numpy as np
 from gguf.quants import Q4_K
 from numpy.typing import NDArray
-from yardstick.gguf_file import GGUFFile
 
 from iotd.convert.weights import Matrix
+from yardstick.gguf_file import GGUFFile
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -115,7 +115,8 @@ class Source:
         for start in range(0, rows, SLICE_ROWS):
             part = packed[start : start + SLICE_ROWS]
             noise = rng.random((len(part), columns), np.float32) - np.float32(0.5)
-            out[start : start + SLICE_ROWS] = gguf.dequantize(part, kind) + noise * steps(part, kind).reshape(noise.shape)
+            noise *= steps(part, kind).reshape(noise.shape)
+            out[start : start + SLICE_ROWS] = gguf.dequantize(part, kind) + noise
         return out
 
 

@@ -1,20 +1,22 @@
 """Layers of Llama and Gemma 3 as graphs, which conversion's own writer stores and rounds.
 
-The formulas are those of transformers' `models/llama/modeling_llama.py` and `models/gemma3/modeling_gemma3.py`; names of
-tensors and what is stored otherwise are those of llama.cpp's GGUF files: Llama's rotary halves are interleaved there,
-Gemma's norms have their one added. One sequence at a time, from its beginning. Knows no recipe.
+The formulas are those of transformers' `models/llama/modeling_llama.py` and `models/gemma3/modeling_gemma3.py`. Tensors
+are named and stored as in llama.cpp's GGUF files: Llama's rotary halves are interleaved there, Gemma's norms have their
+one added. One sequence at a time, from its beginning. Knows no recipe.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
-from yardstick.sources import Source
 
 from iotd.convert.graph import MS, GraphWriter
+from iotd.convert.rounding import HEAD
 from iotd.convert.weights import Matrix
+from yardstick.sources import Source
 
 Floats = NDArray[np.float32]
 FLOAT, INT32 = TensorProto.FLOAT, TensorProto.INT32
@@ -41,7 +43,11 @@ class Shape:
         return bool(self.window) and (i + 1) % self.global_every != 0
 
 
-def open_stack(source: Source) -> "LlamaStack | GemmaStack":
+Stored = Callable[[str, Matrix], Matrix]
+"""A matrix, by its name, as it is to be stored."""
+
+
+def open_stack(source: Source, stored: Stored = lambda _, weight: weight) -> "LlamaStack":
     """The stack that a GGUF file describes."""
     kind = source.field("general.architecture")
     heads, width = source.field(f"{kind}.attention.head_count"), source.field(f"{kind}.embedding_length")
@@ -55,21 +61,22 @@ def open_stack(source: Source) -> "LlamaStack | GemmaStack":
         rope_base=source.field(f"{kind}.rope.freq_base"),
         window=source.field(f"{kind}.attention.sliding_window") or 0,
     )
-    return {"llama": LlamaStack, "gemma3": GemmaStack}[kind](source, shape)
+    return {"llama": LlamaStack, "gemma3": GemmaStack}[kind](source, shape, stored)
 
 
 class LlamaStack:
     """Norm, attention, norm, SwiGLU. The head is the embedding table."""
 
-    def __init__(self, source: Source, shape: Shape) -> None:
+    def __init__(self, source: Source, shape: Shape, stored: Stored) -> None:
         self.source = source
         self.shape = shape
         self.n_layers = shape.n_layers
         self.hidden_size = shape.hidden_size
+        self._stored = stored
 
     def embedding(self) -> Matrix:
         """float32 [V, D]."""
-        return self.source.matrix("token_embd.weight")
+        return self._stored(HEAD, self.source.matrix("token_embd.weight"))
 
     def head(self) -> None:
         """No head of its own."""
@@ -113,7 +120,7 @@ class LlamaStack:
     def _attention(self, graph: GraphWriter, i: int, x: str) -> str:
         shape, at = self.shape, f"text.layers.{i}.self_attn"
         query, key = self._query_and_key(graph, i, x)
-        value = graph.linear(x, f"{at}.v_proj", self.source.matrix(f"blk.{i}.attn_v.weight"))
+        value = self._linear(graph, x, f"{at}.v_proj", self.source.matrix(f"blk.{i}.attn_v.weight"))
         attended, _, _ = graph.ops(
             "GroupQueryAttention",
             query,
@@ -132,13 +139,13 @@ class LlamaStack:
             do_rotary=1,
             local_window_size=shape.window if shape.local(i) else -1,
         )
-        return graph.linear(attended, f"{at}.o_proj", self.source.matrix(f"blk.{i}.attn_output.weight"))
+        return self._linear(graph, attended, f"{at}.o_proj", self.source.matrix(f"blk.{i}.attn_output.weight"))
 
     def _query_and_key(self, graph: GraphWriter, i: int, x: str) -> tuple[str, str]:
         at = f"text.layers.{i}.self_attn"
         query = self._halves(f"blk.{i}.attn_q.weight", self.shape.heads)
         key = self._halves(f"blk.{i}.attn_k.weight", self.shape.kv_heads)
-        return graph.linear(x, f"{at}.q_proj", query), graph.linear(x, f"{at}.k_proj", key)
+        return self._linear(graph, x, f"{at}.q_proj", query), self._linear(graph, x, f"{at}.k_proj", key)
 
     def _halves(self, name: str, heads: int) -> Matrix:
         """A matrix whose rows are pairs of a rotation, with the rows of a head as its two halves."""
@@ -149,11 +156,15 @@ class LlamaStack:
     def _mlp(self, graph: GraphWriter, i: int, x: str) -> str:
         at = f"text.layers.{i}.mlp"
         gate, up, down = (self.source.matrix(f"blk.{i}.ffn_{part}.weight") for part in ("gate", "up", "down"))
-        gated = self._activation(graph, graph.linear(x, f"{at}.gate_proj", gate))
-        return graph.linear(graph.op("Mul", gated, graph.linear(x, f"{at}.up_proj", up)), f"{at}.down_proj", down)
+        gated = self._activation(graph, self._linear(graph, x, f"{at}.gate_proj", gate))
+        product = graph.op("Mul", gated, self._linear(graph, x, f"{at}.up_proj", up))
+        return self._linear(graph, product, f"{at}.down_proj", down)
 
     def _activation(self, graph: GraphWriter, x: str) -> str:
         return graph.op("QuickGelu", x, domain=MS, alpha=1.0)
+
+    def _linear(self, graph: GraphWriter, x: str, name: str, weight: Matrix) -> str:
+        return graph.linear(x, name, self._stored(name, weight))
 
     def _norm(self, graph: GraphWriter, x: str, name: str, out: str = "") -> str:
         scale = graph.constant(name, self.source.vector(f"{name}.weight"))
@@ -175,11 +186,13 @@ class GemmaStack(LlamaStack):
         graph.op("Add", residual, self._norm(graph, mixed, f"blk.{i}.post_ffw_norm"), out="residual_out")
 
     def _query_and_key(self, graph: GraphWriter, i: int, x: str) -> tuple[str, str]:
-        query = graph.linear(x, f"text.layers.{i}.self_attn.q_proj", self.source.matrix(f"blk.{i}.attn_q.weight"))
-        key = graph.linear(x, f"text.layers.{i}.self_attn.k_proj", self.source.matrix(f"blk.{i}.attn_k.weight"))
-        return self._norm_heads(graph, query, f"blk.{i}.attn_q_norm"), self._norm_heads(
-            graph, key, f"blk.{i}.attn_k_norm"
+        query, key = (
+            self._norm_heads(graph, self._linear(graph, x, f"text.layers.{i}.self_attn.{part}_proj", weight), norm)
+            for part in ("q", "k")
+            for weight in [self.source.matrix(f"blk.{i}.attn_{part}.weight")]
+            for norm in [f"blk.{i}.attn_{part}_norm"]
         )
+        return query, key
 
     def _norm_heads(self, graph: GraphWriter, x: str, name: str) -> str:
         """RMS norm of each head by itself, [1, T, heads · size]."""

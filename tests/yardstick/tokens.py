@@ -4,8 +4,12 @@ Knows no weights.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
 from yardstick.sources import Source
 
 CONTROL, USER_DEFINED = 3, 4  # of GGUF's token types
@@ -22,9 +26,32 @@ def open_tokenizer(source: Source) -> Tokenizer:
     return tokenizer
 
 
-def first_tokens(source: Source) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class Calibrating:
+    """A tokenizer as texts and calibration ask it: control tokens in a text are plain characters."""
+
+    tokenizer: Tokenizer
+    first: tuple[int, ...]
     """What a sequence begins with: the token for the beginning of a text, where the model wants one."""
-    return [source.field("tokenizer.ggml.bos_token_id")] if source.field("tokenizer.ggml.add_bos_token") else []
+
+    @classmethod
+    def of(cls, source: Source, tokenizer: Tokenizer) -> "Calibrating":
+        begins = source.field("tokenizer.ggml.add_bos_token")
+        return cls(tokenizer, (source.field("tokenizer.ggml.bos_token_id"),) if begins else ())
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Without what a sequence begins with."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
+        return self.encode("".join(text for text, _ in parts))
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.tokenizer.decode([token], skip_special_tokens=False).encode()
+
+    def begun(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """As many tokens, the first ones of which are those that a sequence begins with."""
+        return np.concatenate([self.first, ids[: len(ids) - len(self.first)]]).astype(np.int64)
 
 
 def _added(tokens: list[str], kinds: list[int], wanted: int, *, special: bool) -> list[AddedToken]:
