@@ -55,7 +55,6 @@ from iotd.model.tokenizer import Tokenizer
 RECIPES = {
     "int4": Recipe(name="int4", bits=4, vision_bits=8, block=64),
     "int4-128": Recipe(name="int4-128", bits=4, vision_bits=8, block=128),
-    "int4-64": Recipe(name="int4-64", bits=4, vision_bits=8, block=64),
     "int4-32": Recipe(name="int4-32", bits=4, vision_bits=8, block=32),
     "int8": Recipe(name="int8", bits=8, vision_bits=8),
     "fp32": Recipe(name="fp32", bits=32, vision_bits=32),

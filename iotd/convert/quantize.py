@@ -15,6 +15,8 @@ Floats = NDArray[np.float32]
 SMALLEST_SCALE = np.finfo(np.float32).tiny  # what is smaller has no finite inverse, and some kernels take it for zero
 FACTORS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 """Of the scale that reaches a block's largest value, among which the best is searched."""
+SEARCH_ROWS = 128
+"""Of a matrix at a time: what they take stays in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,11 @@ def search_scales(weight: Floats, bits: int, block: int, importance: Floats) -> 
     importance: float32 [columns], the mean square of what the column is multiplied by. Plain errors are no measure:
     clipping the few large weights for them harms a real model more than it helps.
     """
+    starts = range(0, len(weight), SEARCH_ROWS)
+    return np.concatenate([_search(weight[at : at + SEARCH_ROWS], bits, block, importance) for at in starts])
+
+
+def _search(weight: Floats, bits: int, block: int, importance: Floats) -> Floats:
     grouped = group(weight, block)
     zero = 1 << (bits - 1)
     unit = np.maximum(np.abs(grouped).max(axis=2), SMALLEST_SCALE)  # relative to it nothing overflows
