@@ -13,6 +13,7 @@ Floats = NDArray[np.float32]
 SUB_BLOCK = 32  # of Q4_K
 FINE_BLOCK = 16  # of Q6_K
 SMALL = np.float32(1e-30)
+ALIKE = np.float32(1e-6)
 SPANS = 0.1 * np.arange(21) - 1
 """What is added to the 15 steps between a sub-block's least and largest value: the scales that llama.cpp tries."""
 
@@ -28,6 +29,15 @@ class Grid:
 
 Q4_K = Grid("Q4_K", 8 * 144 / 256)
 Q6_K = Grid("Q6_K", 8 * 210 / 256)
+
+
+def mixture(name: str, n_layers: int) -> Grid:
+    """Which grid Q4_K_M has for a matrix: the finer one for the table and half of the v and down projections."""
+    if not name.startswith("text.layers."):
+        return Q6_K
+    i, eighth = int(name.split(".")[2]), n_layers // 8
+    more = i < eighth or i >= 7 * n_layers // 8 or (i - eighth) % 3 == 2
+    return Q6_K if more and name.endswith(("v_proj", "down_proj")) else Q4_K
 
 
 def on_grid(weight: Floats, grid: Grid) -> Floats:
@@ -77,12 +87,14 @@ def _fit(groups: Floats, levels: Floats, weights: Floats) -> tuple[Floats, Float
     """The weighted least squares of groups ≈ levels · scale + offset, with no offset where it would be positive."""
     total, values, ones = weights.sum(axis=2), (weights * groups).sum(axis=2), (weights * levels).sum(axis=2)
     squares, products = (weights * levels**2).sum(axis=2), (weights * groups * levels).sum(axis=2)
-    determinant = np.maximum(total * squares - ones**2, SMALL)
+    determinant = total * squares - ones**2
+    alike = determinant <= ALIKE * total * squares  # one level only, which fits any offset
+    determinant[alike] = 1
     scales = (total * products - values * ones) / determinant
     offsets = (squares * values - ones * products) / determinant
-    positive = offsets > 0
-    scales[positive] = (products / np.maximum(squares, SMALL))[positive]
-    offsets[positive] = 0
+    alone = alike | (offsets > 0)
+    scales[alone] = (products / np.maximum(squares, SMALL))[alone]
+    offsets[alone] = 0
     return scales, offsets
 
 

@@ -39,7 +39,7 @@ def measure(
     """Of each recipe, one after the other. most: tokens of each text. Raises MissingModel."""
     source = Source(find_model(model, work), work, seed)
     tokenizer = Calibrating.of(source, open_tokenizer(source))
-    sequences = [(text.kind, ids) for text in texts for ids in cut(text.text, tokenizer, most)]
+    sequences = [(text.kind, ids) for text in texts for ids in cut(tokenizer.encode(text.text)[:most], tokenizer.first)]
     ids = [each for _, each in sequences]
     reference = open_stack(source)
     expected = Layers(reference, ids, work).hidden(FLOAT)

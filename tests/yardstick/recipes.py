@@ -17,7 +17,7 @@ from iotd.convert.samples import sequences
 from iotd.convert.stack import Stack
 from iotd.convert.weights import Matrix, slices
 from iotd.model.package import Recipe
-from yardstick.grids import Q4_K, Q6_K, Grid, on_grid
+from yardstick.grids import mixture, on_grid
 from yardstick.sources import Source
 from yardstick.stacks import open_stack
 from yardstick.tokens import Calibrating
@@ -89,15 +89,6 @@ def _q4_k_m(source: Source, _: Calibrating, texts: Sequence[Ints], work: Path) -
     grids = _Grids(source.field(f"{source.field('general.architecture')}.block_count"), work)
     stack = open_stack(source, grids.stored)
     return Rounded(stack, FLOAT, Layers(stack, texts, work).hidden(FLOAT), grids.bits)
-
-
-def mixture(name: str, n_layers: int) -> Grid:
-    """Which grid Q4_K_M has for a matrix: the finer one for the table and half of the v and down projections."""
-    if not name.startswith("text.layers."):
-        return Q6_K
-    i, eighth = int(name.split(".")[2]), n_layers // 8
-    more = i < eighth or i >= 7 * n_layers // 8 or (i - eighth) % 3 == 2
-    return Q6_K if more and name.endswith(("v_proj", "down_proj")) else Q4_K
 
 
 class Sizes:

@@ -7,7 +7,7 @@ one added. One sequence at a time, from its beginning. Knows no recipe.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,21 @@ from onnx import TensorProto
 from iotd.convert.graph import MS, GraphWriter
 from iotd.convert.rounding import HEAD
 from iotd.convert.weights import Matrix
-from yardstick.sources import Source
 
 Floats = NDArray[np.float32]
 FLOAT, INT32 = TensorProto.FLOAT, TensorProto.INT32
+
+
+class Tensors(Protocol):
+    """What a GGUF file holds."""
+
+    def field(self, name: str) -> Any:
+        """A value of the metadata; None where it is not there."""
+        ...
+
+    def vector(self, name: str) -> Floats: ...
+
+    def matrix(self, name: str) -> Matrix: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +58,28 @@ Stored = Callable[[str, Matrix], Matrix]
 """A matrix, by its name, as it is to be stored."""
 
 
-def open_stack(source: Source, stored: Stored = lambda _, weight: weight) -> "LlamaStack":
+def open_stack(tensors: Tensors, stored: Stored = lambda _, weight: weight) -> "LlamaStack":
     """The stack that a GGUF file describes."""
-    kind = source.field("general.architecture")
-    heads, width = source.field(f"{kind}.attention.head_count"), source.field(f"{kind}.embedding_length")
+    kind = tensors.field("general.architecture")
+    heads, width = tensors.field(f"{kind}.attention.head_count"), tensors.field(f"{kind}.embedding_length")
     shape = Shape(
-        n_layers=source.field(f"{kind}.block_count"),
+        n_layers=tensors.field(f"{kind}.block_count"),
         hidden_size=width,
         heads=heads,
-        kv_heads=source.field(f"{kind}.attention.head_count_kv"),
-        head_dim=source.field(f"{kind}.attention.key_length") or width // heads,
-        eps=source.field(f"{kind}.attention.layer_norm_rms_epsilon"),
-        rope_base=source.field(f"{kind}.rope.freq_base"),
-        window=source.field(f"{kind}.attention.sliding_window") or 0,
+        kv_heads=tensors.field(f"{kind}.attention.head_count_kv"),
+        head_dim=tensors.field(f"{kind}.attention.key_length") or width // heads,
+        eps=tensors.field(f"{kind}.attention.layer_norm_rms_epsilon"),
+        rope_base=tensors.field(f"{kind}.rope.freq_base"),
+        window=tensors.field(f"{kind}.attention.sliding_window") or 0,
     )
-    return {"llama": LlamaStack, "gemma3": GemmaStack}[kind](source, shape, stored)
+    return {"llama": LlamaStack, "gemma3": GemmaStack}[kind](tensors, shape, stored)
 
 
 class LlamaStack:
     """Norm, attention, norm, SwiGLU. The head is the embedding table."""
 
-    def __init__(self, source: Source, shape: Shape, stored: Stored) -> None:
-        self.source = source
+    def __init__(self, tensors: Tensors, shape: Shape, stored: Stored) -> None:
+        self._tensors = tensors
         self.shape = shape
         self.n_layers = shape.n_layers
         self.hidden_size = shape.hidden_size
@@ -76,7 +87,7 @@ class LlamaStack:
 
     def embedding(self) -> Matrix:
         """float32 [V, D]."""
-        return self._stored(HEAD, self.source.matrix("token_embd.weight"))
+        return self._stored(HEAD, self._tensors.matrix("token_embd.weight"))
 
     def head(self) -> None:
         """No head of its own."""
@@ -120,7 +131,7 @@ class LlamaStack:
     def _attention(self, graph: GraphWriter, i: int, x: str) -> str:
         shape, at = self.shape, f"text.layers.{i}.self_attn"
         query, key = self._query_and_key(graph, i, x)
-        value = self._linear(graph, x, f"{at}.v_proj", self.source.matrix(f"blk.{i}.attn_v.weight"))
+        value = self._linear(graph, x, f"{at}.v_proj", self._tensors.matrix(f"blk.{i}.attn_v.weight"))
         attended, _, _ = graph.ops(
             "GroupQueryAttention",
             query,
@@ -139,7 +150,7 @@ class LlamaStack:
             do_rotary=1,
             local_window_size=shape.window if shape.local(i) else -1,
         )
-        return self._linear(graph, attended, f"{at}.o_proj", self.source.matrix(f"blk.{i}.attn_output.weight"))
+        return self._linear(graph, attended, f"{at}.o_proj", self._tensors.matrix(f"blk.{i}.attn_output.weight"))
 
     def _query_and_key(self, graph: GraphWriter, i: int, x: str) -> tuple[str, str]:
         at = f"text.layers.{i}.self_attn"
@@ -149,13 +160,13 @@ class LlamaStack:
 
     def _halves(self, name: str, heads: int) -> Matrix:
         """A matrix whose rows are pairs of a rotation, with the rows of a head as its two halves."""
-        stored = self.source.matrix(name)
+        stored = self._tensors.matrix(name)
         pairs = stored.read(0, stored.rows).reshape(heads, self.shape.head_dim // 2, 2, stored.columns)
         return Matrix.of(np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(stored.rows, stored.columns))
 
     def _mlp(self, graph: GraphWriter, i: int, x: str) -> str:
         at = f"text.layers.{i}.mlp"
-        gate, up, down = (self.source.matrix(f"blk.{i}.ffn_{part}.weight") for part in ("gate", "up", "down"))
+        gate, up, down = (self._tensors.matrix(f"blk.{i}.ffn_{part}.weight") for part in ("gate", "up", "down"))
         gated = self._activation(graph, self._linear(graph, x, f"{at}.gate_proj", gate))
         product = graph.op("Mul", gated, self._linear(graph, x, f"{at}.up_proj", up))
         return self._linear(graph, product, f"{at}.down_proj", down)
@@ -167,7 +178,7 @@ class LlamaStack:
         return graph.linear(x, name, self._stored(name, weight))
 
     def _norm(self, graph: GraphWriter, x: str, name: str, out: str = "") -> str:
-        scale = graph.constant(name, self.source.vector(f"{name}.weight"))
+        scale = graph.constant(name, self._tensors.vector(f"{name}.weight"))
         return graph.op("SimplifiedLayerNormalization", x, scale, out=out, axis=-1, epsilon=self.shape.eps)
 
 
@@ -189,7 +200,7 @@ class GemmaStack(LlamaStack):
         query, key = (
             self._norm_heads(graph, self._linear(graph, x, f"text.layers.{i}.self_attn.{part}_proj", weight), norm)
             for part in ("q", "k")
-            for weight in [self.source.matrix(f"blk.{i}.attn_{part}.weight")]
+            for weight in [self._tensors.matrix(f"blk.{i}.attn_{part}.weight")]
             for norm in [f"blk.{i}.attn_{part}_norm"]
         )
         return query, key

@@ -3,7 +3,7 @@
 import pydoc_data.topics
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from iotd.demo.examples import HELD_OUT_SEED, Asked, Heard, Pace, conversation
 from iotd.engine.lines import day_line, day_of, reading_line
-from yardstick.tokens import Calibrating
 
 Ints = NDArray[np.int64]
 CHAT = Path(__file__).parent.parent / "data" / "yardstick_chat.txt"
@@ -44,12 +43,11 @@ def default_texts() -> list[Text]:
     return [Text("prose", _prose()), Text("sensor", _sensors()), Text("chat", CHAT.read_text("utf-8"))]
 
 
-def cut(text: str, tokenizer: Calibrating, most: int | None) -> list[Ints]:
-    """A text as sequences of LENGTH tokens, each behind what sequences begin with; `most` tokens of it at most."""
-    ids = tokenizer.encode(text)[:most]
-    step = LENGTH - len(tokenizer.first)
+def cut(ids: Sequence[int], first: Sequence[int]) -> list[Ints]:
+    """The tokens of a text as sequences of LENGTH, each behind what sequences begin with."""
+    step = LENGTH - len(first)
     parts = [ids[start : start + step] for start in range(0, len(ids), step)]
-    return [np.array([*tokenizer.first, *part], np.int64) for part in parts if len(part) >= min(LEAST, len(ids))]
+    return [np.array([*first, *part], np.int64) for part in parts if len(part) >= min(LEAST, len(ids))]
 
 
 def _prose() -> str:
