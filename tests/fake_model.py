@@ -21,6 +21,7 @@ from iotd.model.generation import Generation
 from iotd.model.grammar import Constraint, Grammars
 from iotd.model.head import MOST_ROWS
 from iotd.model.labels import Path, Weighing, label_paths
+from iotd.model.resize import target_size
 from iotd.model.tokenizer import TextStream
 
 MODULUS = (1 << 61) - 1
@@ -146,7 +147,9 @@ class FakeModel:
     def __init__(self, on_run: Run | None = None, eos_every: int = 0, vision: bool = True) -> None:
         self.on_run = on_run or FakeModel.silent
         self.has_vision = vision
-        self.spec = SimpleNamespace(vision=SimpleNamespace(size_factor=PIXELS_PER_SIDE) if vision else None)
+        self.spec = SimpleNamespace(
+            vision=SimpleNamespace(size_factor=PIXELS_PER_SIDE, min_pixels=PIXELS_PER_SIDE**2) if vision else None
+        )
         self.tokenizer = FakeTokenizer()
         self.chat = CHAT
         self.endings = Endings.of(self.tokenizer, CHAT, {EOS})  # type: ignore[arg-type] # a stand-in
@@ -170,8 +173,13 @@ class FakeModel:
         assert logits is not None
         return logits
 
-    def image_grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        return 1, max(shape[0] // PIXELS_PER_SIDE, 1), max(shape[1] // PIXELS_PER_SIDE, 1)
+    def image_size(self, shape: Sequence[int], max_pixels: int | None = None) -> tuple[int, int]:
+        limits = {"factor": PIXELS_PER_SIDE, "min_pixels": 0, "max_pixels": max_pixels or 1 << 30}
+        return target_size(shape[0], shape[1], **limits)
+
+    def image_grid(self, shape: Sequence[int], max_pixels: int | None = None) -> tuple[int, int, int]:
+        rows, columns = self.image_size(shape, max_pixels)
+        return 1, rows // PIXELS_PER_SIDE, columns // PIXELS_PER_SIDE
 
     def image_tokens(self, grid: tuple[int, int, int]) -> int:
         return grid[0] * grid[1] * grid[2]
@@ -179,8 +187,8 @@ class FakeModel:
     def close_vision(self) -> None:
         pass
 
-    def encode_image(self, rgb: RGB) -> Floats:
-        _, rows, columns = self.image_grid(rgb.shape)
+    def encode_image(self, rgb: RGB, size: tuple[int, int] | None = None) -> Floats:
+        _, rows, columns = self.image_grid(size or rgb.shape)
         self.on_run("encode", rows * columns)
         return np.full((rows * columns, 2), rgb.mean(), np.float32)
 

@@ -3,12 +3,16 @@
 import re
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from engine_driver import NOON_S, DrivenEngine, Sink, image, reading
 
+from iotd.engine.entry import Image
+from iotd.engine.feed import encode
+from iotd.engine.lines import Lines
 from iotd.events import RGB, Done, Frame
 from iotd.model import Model, State
 
@@ -25,7 +29,7 @@ def make_engine(model: Model, **settings: object) -> DrivenEngine:
     return DrivenEngine(model, **{"window": 1024, "reserve_tokens": 512, "system": SYSTEM, **settings})  # type: ignore[arg-type]
 
 
-def lines(first: int, last: int) -> str:
+def stream(first: int, last: int) -> str:
     stamps = [datetime.fromtimestamp(NOON_S + n).strftime("[%H:%M:%S]") for n in range(first, last)]
     return DATE + "".join(f"{stamp} s on{n}\n" for n, stamp in zip(range(first, last), stamps, strict=True))
 
@@ -44,7 +48,7 @@ def generate(model: Model, content: object, n_tokens: int) -> str:
 def test_an_answer_over_the_stream_is_that_to_one_whole_prompt(model: Model) -> None:
     engine = make_engine(model)
     observe(engine, 0, 12)
-    assert engine.answer(" how warm? ", max_tokens=24) == generate(model, lines(0, 12) + "how warm?", 24)
+    assert engine.answer(" how warm? ", max_tokens=24) == generate(model, stream(0, 12) + "how warm?", 24)
 
 
 def test_an_answer_about_a_camera_is_that_to_one_whole_prompt(model: Model) -> None:
@@ -133,6 +137,23 @@ def test_20_000_tokens_leave_the_memory_where_2_000_left_it(model: Model) -> Non
                 break
     resident.append(resident_nbytes())
     assert resident[2] - resident[1] < 2 * 1024**2
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (720, 1280), (1000, 1000), (64, 64)])
+def test_an_image_has_sizes_below_the_smallest_of_its_processor(tiny_package: Path, height: int, width: int) -> None:
+    """At the default bound that smallest size is the largest, too. Each of them is made as it is counted."""
+    model = Model.open(tiny_package, threads=1, max_image_pixels=65_536)
+    assert model.spec.vision is not None and model.spec.vision.min_pixels == 65_536
+    lines, rgb = Lines(model, max_tokens=512), np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+    rungs = lines.ladder((height, width), 512)
+    assert len(rungs) > 1 and lines.n_fine((height, width), rungs) == 1
+    assert all(2 * after.n_tokens <= before.n_tokens for before, after in pairwise(rungs))
+    images = [Image(rgb, *sized) for sized in rungs]
+    for made in images:
+        encode(model, made)
+        assert made.embedding is not None
+        assert made.n_tokens == len(made.embedding) == model.image_tokens(made.grid)
+    np.testing.assert_array_equal(model.encode_image(rgb), images[0].embedding)
 
 
 def resident_nbytes() -> int:

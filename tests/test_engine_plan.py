@@ -70,7 +70,7 @@ def test_the_model_is_told_how_long_its_answer_may_be_unless_there_is_ample_time
 
 
 def test_images_are_made_smaller_before_the_answer_is_made_short(planner: Planner) -> None:
-    work = text(10, Picture((64, 32, 16)), 20)
+    work = text(10, Picture((64, 32, 16), n_fine=3), 20)
     sizes = []
     for time_s in (60.0, 3.0, 2.2, 1.4):
         planned = planner.fit(work, time_s)
@@ -79,6 +79,18 @@ def test_images_are_made_smaller_before_the_answer_is_made_short(planner: Planne
         sizes.append(planned.plan.image_tokens)
     assert sizes == sorted(sizes, reverse=True)
     assert (sizes[0], sizes[-1]) == (64, 16)
+
+
+def test_sizes_that_the_model_is_not_made_for_are_taken_where_there_is_no_answer_otherwise(planner: Planner) -> None:
+    fine, coarse = text(10, Picture((64,)), 20), text(10, Picture((64, 32, 16)), 20)
+    tokens = set()
+    for n in range(5, 300):
+        only, planned = planner.fit(fine, n / 100), planner.fit(coarse, n / 100)
+        if only is not None:
+            assert planned == only
+        elif planned is not None:
+            tokens.add(planned.plan.image_tokens)
+    assert tokens == {32, 16}
 
 
 def test_an_image_that_is_encoded_costs_its_tokens_alone(planner: Planner) -> None:

@@ -5,12 +5,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
 from iotd.app import open_engine
-from iotd.config import AskConfig, Config, ContextConfig, GrpcConfig, ModelConfig, MqttConfig
-from iotd.errors import ConfigError, Unavailable
+from iotd.config import AskConfig, Config, ContextConfig, GrpcConfig, ModelConfig, MqttConfig, SubscriptionConfig
+from iotd.engine.backlog import Shot
+from iotd.errors import ConfigError, InvalidInput, Unavailable
 from iotd.model import Model, package
 from iotd.mqtt.probe import probe
 from iotd.ops import board, preflight
@@ -94,6 +96,35 @@ def test_too_little_free_memory_is_found(config: Config, monkeypatch: pytest.Mon
     monkeypatch.setattr(board, "available_nbytes", lambda: 1 << 20)
     memory = found(config)["memory"]
     assert (memory.ok, memory.remedy) == (False, "set a smaller context.window")
+
+
+@pytest.mark.parametrize("cameras", [True, False])
+def test_a_window_that_no_frame_fits_into_is_told(config: Config, cameras: bool) -> None:
+    """It is a problem where there are cameras, and the window that is named is large enough."""
+    subscriptions = [SubscriptionConfig(topic="home/camera/+", kind="image", label="{2}")] if cameras else []
+    config = replace(config, mqtt=MqttConfig(subscriptions=subscriptions))
+    small = ContextConfig(window=128, system="", chunk_tokens=8)
+    told = found(replace(config, context=small))["frames"]
+    assert told.ok is not cameras
+    assert "window of 128 tokens" in told.text
+    if cameras:
+        least = int(told.remedy.split()[3])
+        assert "frames" in found(replace(config, context=replace(small, window=least - 1)))
+        assert "frames" not in found(replace(config, context=replace(small, window=least)))
+
+
+def test_a_frame_fits_into_the_least_window_that_is_told(config: Config) -> None:
+    engine = open_engine(replace(config, context=ContextConfig(window=128, system="", chunk_tokens=8)))
+    for fits in (False, True):
+        window = engine.least_window("door") - 4 * (not fits)
+        context = ContextConfig(window=window, system="", chunk_tokens=8)
+        lines = open_engine(replace(config, context=context))._lines
+        shot = Shot("door", 1.76e9, np.zeros((720, 1280, 3), np.uint8))
+        if fits:
+            assert lines.frame(shot).n_tokens * 4 <= window
+        else:
+            with pytest.raises(InvalidInput, match="tokens at least"):
+                lines.frame(shot)
 
 
 def test_tls_files_that_are_none_are_found(config: Config, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_positions_are_interpolated_as_in_the_slow_reference(rows: int, columns:
 def test_tokens_of_an_image_stand_side_by_side(model: Model, height: int, width: int) -> None:
     """One moment; rows and columns run row by row; what follows goes on behind the longer side."""
     encoder = model._encoder()
-    grid = encoder.grid(height, width)
+    grid = encoder.grid(encoder.size(height, width))
     offsets, span = encoder.rope_offsets(grid)
     rows, columns = height // 32, width // 32
     expected = [(0, row, column) for row in range(rows) for column in range(columns)]

@@ -78,6 +78,7 @@ def demo(for_s: float | None, seed: int | None, as_json: bool) -> int:
 @click.option("--questions", type=click.IntRange(1), default=2000, show_default=True, help="How many to ask.")
 @THREADS
 @HEAD
+@click.option("--max-image-pixels", type=click.IntRange(1024), help="Make PACKAGE's images no larger than this.")
 @click.option(
     "--answers", type=click.File("w", encoding="utf-8"), help="Write each question and answer, as JSON lines."
 )
@@ -92,8 +93,8 @@ def evaluate(questions: int, answers: IO[str] | None, show_wrong: int, as_json: 
     Of questions for yes or no it says, too, how true the probabilities are that `iotd classify` gives: the expected
     calibration error, and the temperature that would make it smallest.
 
-    PACKAGE is asked directly, with --head; daemons have a head of their own. A running daemon keeps its context: start
-    it fresh, and let nobody else publish to it.
+    PACKAGE is asked directly, with --head and --max-image-pixels; daemons have theirs. A running daemon keeps its
+    context: start it fresh, and let nobody else publish to it.
     """
     from iotd.demo import evaluate as held_out
 
@@ -116,6 +117,7 @@ def _respondent(
     broker: str | None,
     threads: int,
     head: "HeadKind",
+    max_image_pixels: int | None,
 ) -> "PackageRespondent | DaemonRespondent | FreshDaemonRespondent":
     if (package is None) == (target is None):
         raise click.UsageError("give either PACKAGE or --target")
@@ -133,7 +135,7 @@ def _respondent(
     return (
         FreshDaemonRespondent(package, threads, restart_every)
         if through_daemon
-        else PackageRespondent(package, threads, head)
+        else PackageRespondent(package, threads, head, max_image_pixels)
     )
 
 

@@ -47,9 +47,11 @@ _PROBE_TOPIC = "home/message/eval"
 class PackageRespondent:
     """The model of a package in this process: one state reads the stream, each question runs on a fork of it."""
 
-    def __init__(self, package: Path, threads: int, head: HeadKind = "exact") -> None:
+    def __init__(
+        self, package: Path, threads: int, head: HeadKind = "exact", max_image_pixels: int | None = None
+    ) -> None:
         """Raises PackageError where it cannot be opened, InvalidInput where it cannot see."""
-        self._model = Model.open(package, threads=threads, head=head)
+        self._model = Model.open(package, threads=threads, head=head, max_image_pixels=max_image_pixels)
         if not self._model.has_vision:
             raise InvalidInput(f"{package} was converted without vision, and there are questions about pictures")
         capacity = min(CAPACITY, self._model.spec.max_positions)

@@ -84,6 +84,8 @@ COUNTS = (
     "snapshots_saved",
 )
 """Everything the engine counts."""
+EVENT_PART = 4
+"""One event takes at most one part in so many of the window."""
 
 
 class Engine:
@@ -118,7 +120,7 @@ class Engine:
         lengths = Lengths()
         planner = Planner(self.costs, lengths, chunk_tokens)
         self._asks = Asks(ask.queue, planner, self.costs, self._counters, on_answer)
-        lines = Lines(model, max_tokens=context.window // 4)
+        lines = self._lines = Lines(model, max_tokens=context.window // EVENT_PART)
         self._context = Context(
             model,
             lines,
@@ -239,6 +241,10 @@ class Engine:
         arrays = {**snapshot.arrays}
         sessions = self._sessions.pack(self._context.n_read, arrays)
         return Snapshot(msgspec.structs.replace(snapshot.header, sessions=sessions), arrays)
+
+    def least_window(self, camera: str) -> int:
+        """The window from which on a camera's frames can be read, wide ones; 0 for a model that takes no images."""
+        return EVENT_PART * self._lines.least_frame(camera) if self._model.has_vision else 0
 
     def observe(self, observation: Observation) -> None:
         """Take in a reading or a frame, from any thread. Never blocks; what has no room is dropped and counted."""

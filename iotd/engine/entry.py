@@ -17,7 +17,7 @@ class Image:
 
     rgb: RGB | None
     size: tuple[int, int]
-    """Height and width in pixels to shrink it to first; its own where it is small enough."""
+    """Height and width in pixels that the model sees."""
     grid: tuple[int, int, int]
     """Patches (t, h, w) once it is resized."""
     n_tokens: int

@@ -5,7 +5,6 @@ from numpy.typing import NDArray
 
 from iotd.engine.entry import Chunk, Image
 from iotd.model import Model
-from iotd.model.resize import resize
 from iotd.model.state import State
 
 Floats = NDArray[np.float32]
@@ -15,7 +14,7 @@ Ints = NDArray[np.int64]
 def encode(model: Model, image: Image) -> None:
     """Run the vision tower, once for each image; its pixels are let go."""
     assert image.rgb is not None
-    image.embedding = model.encode_image(resize(image.rgb, *image.size))
+    image.embedding = model.encode_image(image.rgb, image.size)
     image.rgb = None
 
 

@@ -29,6 +29,8 @@ class Picture:
     """An image on its way into a prompt: the tokens it takes at each size that it may have, the finest first."""
 
     sizes: tuple[int, ...]
+    n_fine: int = 1
+    """So many are sizes that the model is made for. The others are for where there is no answer otherwise."""
     encoded: bool = False
 
 
@@ -87,6 +89,8 @@ class Planner:
         usual = min(work.max_tokens, self._lengths.usual(work.kind))
         best: Planned | None = None
         for rung in range(_rungs(work)):
+            if best is not None and rung >= _fine_rungs(work):
+                break
             planned = self._at(work, rung, time_s, queue_s, usual)
             if work.hint_tokens and planned.plan.answer_tokens < min(work.max_tokens, AMPLE * usual):
                 planned = self._hinted_at(work, rung, time_s, queue_s, usual)
@@ -201,6 +205,10 @@ def _cut(n_tokens: int, size: int) -> list[int]:
 
 def _rungs(work: Work) -> int:
     return max([1, *(len(part.sizes) for part in work.parts if isinstance(part, Picture))])
+
+
+def _fine_rungs(work: Work) -> int:
+    return max([1, *(part.n_fine for part in work.parts if isinstance(part, Picture))])
 
 
 def _at_rung(picture: int | Picture, rung: int) -> int:

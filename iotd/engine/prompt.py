@@ -124,7 +124,8 @@ class Prompts:
         rgb = _pixels(seen)
         if rgb is None:  # between the two looks they were encoded
             return self._picture(seen, most)
-        return Picture(tuple(self.lines.ladder(rgb.shape[:2], most)))
+        rungs = self.lines.ladder(rgb.shape[:2], most)
+        return Picture(tuple(sized.n_tokens for sized in rungs), n_fine=self.lines.n_fine(rgb.shape[:2], rungs))
 
     def _image(self, seen: Shot | RGB, most: int, rung: int) -> Image:
         """The frame's own image, which the context reads too, unless a smaller one is wanted in its place."""
@@ -134,8 +135,8 @@ class Prompts:
             return seen.image
         rgb = _pixels(seen)
         assert rgb is not None  # nothing but the model's thread, on which this runs, lets go of them
-        sizes = self.lines.ladder(rgb.shape[:2], most)
-        return self.lines.image(rgb, sizes[min(rung, len(sizes) - 1)])
+        rungs = self.lines.ladder(rgb.shape[:2], most)
+        return Image(rgb, *rungs[min(rung, len(rungs) - 1)])
 
     def _exact(self, ask: Ask) -> list[Tokens]:
         """As many sensors as fit into a quarter of what is free."""

@@ -142,17 +142,27 @@ class Model:
         """Read tokens, int64 [T]. Returns float32 [T, V]: exact logits behind each of them; for measuring."""
         return self._decoder.logits_along(state, token_ids)
 
-    def image_grid(self, shape: tuple[int, ...]) -> Grid:
-        """Patches (t, h, w) of an image of shape [H, W, …], after its resize."""
-        return self._encoder().grid(shape[0], shape[1])
+    def image_size(self, shape: tuple[int, ...], max_pixels: int | None = None) -> tuple[int, int]:
+        """Height and width that an image of shape [H, W, …] is resized to.
+
+        max_pixels: a bound for this image, which may lie below the smallest area that the checkpoint's processor makes.
+        """
+        return self._encoder().size(shape[0], shape[1], max_pixels)
+
+    def image_grid(self, shape: tuple[int, ...], max_pixels: int | None = None) -> Grid:
+        """Patches (t, h, w) of such an image, after its resize."""
+        return self._encoder().grid(self.image_size(shape, max_pixels))
 
     def image_tokens(self, grid: Grid) -> int:
         """Tokens that an image of this grid takes."""
         return self._encoder().n_tokens(grid)
 
-    def encode_image(self, rgb: RGB) -> Floats:
-        """uint8 [H, W, 3] → float32 [n, D]: resized, normalised and encoded as the checkpoint's processor does it."""
-        return self._encoder().encode(rgb)
+    def encode_image(self, rgb: RGB, size: tuple[int, int] | None = None) -> Floats:
+        """uint8 [H, W, 3] → float32 [n, D]: resized, normalised and encoded as the checkpoint's processor does it.
+
+        size: of `image_size`, where it is another than the processor's own.
+        """
+        return self._encoder().encode(rgb, size)
 
     def close_vision(self) -> None:
         """Give the memory of the vision graph back until the next image."""

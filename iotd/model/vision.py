@@ -35,20 +35,27 @@ class VisionEncoder:
         self._open = partial(open_graph, folder / VISION)
         self._session: ort.InferenceSession | None = None
 
-    def grid(self, height: int, width: int) -> Grid:
-        """Patches of an image of that many pixels, after its resize."""
-        rows, columns = self._size(height, width)
-        return 1, rows // self.spec.patch_size, columns // self.spec.patch_size
+    def size(self, height: int, width: int, max_pixels: int | None = None) -> tuple[int, int]:
+        """Height and width that an image of that many pixels is resized to.
+
+        max_pixels: a bound for this image, which may lie below the smallest area that the processor makes.
+        """
+        most = min(max_pixels or self.max_pixels, self.max_pixels)
+        least = min(self.min_pixels, most)
+        return target_size(height, width, factor=self.spec.size_factor, min_pixels=least, max_pixels=most)
+
+    def grid(self, size: tuple[int, int]) -> Grid:
+        """Patches of an image of that height and width, which are those of `size`."""
+        return 1, size[0] // self.spec.patch_size, size[1] // self.spec.patch_size
 
     def n_tokens(self, grid: Grid) -> int:
         """Tokens that an image of this grid takes in the text model."""
         return grid[0] * grid[1] * grid[2] // self.spec.merge_size**2
 
-    def encode(self, rgb: RGB) -> Floats:
-        """uint8 [H, W, 3] → float32 [n, D]. Raises InvalidInput for anything else."""
+    def encode(self, rgb: RGB, size: tuple[int, int] | None = None) -> Floats:
+        """uint8 [H, W, 3] → float32 [n, D]. Raises InvalidInput for anything else. size: to resize it to."""
         check_image(rgb)
-        height, width = rgb.shape[:2]
-        pixels = resize(rgb, *self._size(height, width))
+        pixels = resize(rgb, *(size or self.size(rgb.shape[0], rgb.shape[1])))
         rows, columns = (side // self.spec.patch_size for side in pixels.shape[:2])
         at = patch_coordinates(rows, columns, self.spec.merge_size)
         position_rows, position_weights = bilinear_corners(at, (rows, columns), self.spec.grid_side)
@@ -77,11 +84,6 @@ class VisionEncoder:
         frames, rows, columns = grid[0], grid[1] // self.spec.merge_size, grid[2] // self.spec.merge_size
         offsets = np.stack(np.meshgrid(np.arange(frames), np.arange(rows), np.arange(columns), indexing="ij"))
         return offsets.reshape(3, -1).astype(np.int64), max(rows, columns)
-
-    def _size(self, height: int, width: int) -> tuple[int, int]:
-        return target_size(
-            height, width, factor=self.spec.size_factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels
-        )
 
 
 def check_image(rgb: Any) -> None:

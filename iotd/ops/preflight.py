@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iotd.config import Config, GrpcConfig, MqttConfig
+from iotd.engine import Engine
 from iotd.engine.context import positions
 from iotd.errors import ConfigError, IotdError, PackageError
 from iotd.model import package
 from iotd.model.spec import ModelSpec
 from iotd.ops import board
 
-Open = Callable[[Config], object]
+Open = Callable[[Config], Engine]
 """Opens the model and allocates what the daemon would; raises PackageError or ConfigError."""
 Listen = Callable[[GrpcConfig], None]
 """Raises ConfigError where the address or the TLS files cannot be used."""
@@ -70,8 +71,7 @@ def _model(config: Config, threads: int, open_model: Open) -> Iterator[Finding]:
         weights = sum(entry.nbytes for entry in manifest.files.values())
         memory = _memory(config, manifest, weights)
         # Where it would take the memory that others need, it is not opened for a look.
-        if memory.ok:
-            open_model(config)
+        frames = [_frames(config, open_model(config))] if memory.ok else []
     except PackageError as e:
         yield Finding("model", False, str(e), "set model.path to a folder that `iotd convert` wrote")
         return
@@ -84,6 +84,17 @@ def _model(config: Config, threads: int, open_model: Open) -> Iterator[Finding]:
     )
     yield _quality(manifest)
     yield memory
+    yield from (finding for finding in frames if finding is not None)
+
+
+def _frames(config: Config, engine: Engine) -> Finding | None:
+    """A window that no camera's frame fits into; with cameras to subscribe to, that is a problem."""
+    labels = [each.label or each.topic for each in config.mqtt.subscriptions if each.kind == "image"]
+    needed = max(map(engine.least_window, labels or ["door"]))
+    if config.context.window >= needed:
+        return None
+    text = f"no camera's frame fits into the window of {config.context.window} tokens, not even at its smallest"
+    return Finding("frames", not labels, text, f"set context.window to {needed} or more" if labels else "")
 
 
 def _quality(manifest: package.Manifest) -> Finding:
