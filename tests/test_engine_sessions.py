@@ -8,6 +8,7 @@ from fake_model import CONTROLS, FakeModel, FakeState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iotd.engine.answer import Answer
 from iotd.errors import DeadlineExceeded, InvalidInput, NotFound
 from iotd.events import Done, Failed, FinishReason
 
@@ -176,6 +177,35 @@ def test_an_ask_that_failed_keeps_no_session() -> None:
     assert isinstance(sink.end, Failed)
     assert isinstance(sink.end.error, DeadlineExceeded)
     assert engine.status().sessions == 0
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["before it is named", "once it is named"])
+def test_a_session_is_kept_where_its_name_was_told_whichever_thread_ended_the_answer(
+    named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_with()
+    sink, _ = engine.ask("one?", keep_session=True, budget_s=5.0)
+    engine.turns_until(lambda: len(sink) == 3)
+    naming = Answer._name_session
+
+    def deadline_comes(answer: Answer, reason: FinishReason) -> None:
+        if named:
+            naming(answer, reason)
+        engine._asks.settle(engine.clock() + 10)
+        if not named:
+            naming(answer, reason)
+
+    monkeypatch.setattr(Answer, "_name_session", deadline_comes)
+    engine.settle()
+    monkeypatch.undo()
+    assert isinstance(sink.end, Done)
+    assert bool(sink.end.session) == named
+    assert engine.status().sessions == named
+    if named:
+        text, _ = ended(engine, "two?", session=sink.end.session)
+        said = sink.text.removesuffix("…").encode()
+        trace = [*engine.live.trace, *turn("one?"), *said, USER, *turn("two?")]
+        assert text == greedy(engine.model, trace, 4)
 
 
 STEPS = st.lists(

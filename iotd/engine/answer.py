@@ -118,15 +118,18 @@ class Answer:
         else:
             self._units = self._again(self._generation)
 
-    def close(self, *, well: bool) -> None:
-        """Once the call has ended: keep where the answer stands, if that was asked for and it ended well."""
+    def close(self) -> None:
+        """Once the call has ended: keep where the answer stands, if its asker was told that it is kept.
+
+        The deadline's thread may have ended it before the name was known, or after.
+        """
         # Its frame holds this answer and a row of logits: both would stay until the next full garbage collection.
         self._units.close()
         name, generation, kit = self._call.session, self._generation, self._kit
         if not name or generation is None:
             return
         sessions = kit.prompts.sessions
-        if not well:
+        if not self._call.told_session:
             if self._session is None:
                 sessions.drop(name)
             return

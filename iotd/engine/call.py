@@ -84,13 +84,19 @@ class Call:
         """What became of its labels, once that is known."""
         self._sink = sink
         self._lock = threading.Lock()
-        self._ended = False
+        self._told: Done | Failed | None = None
+        """How it ended."""
         self._spoke = False
         self._ending = ""
 
     @property
     def ended(self) -> bool:
-        return self._ended
+        return self._told is not None
+
+    @property
+    def told_session(self) -> str:
+        """By which its asker was told that the answer can be gone on with."""
+        return self._told.session if isinstance(self._told, Done) else ""
 
     @property
     def spoke(self) -> bool:
@@ -106,7 +112,7 @@ class Call:
         ending: what makes the answer whole, should its deadline come before the next piece.
         """
         with self._lock:
-            if self._ended:
+            if self.ended:
                 return
             self._ending = ending
             if not text:
@@ -119,9 +125,9 @@ class Call:
     def end(self, event: Done | Failed) -> bool:
         """End the call. False where it had ended before."""
         with self._lock:
-            if self._ended:
+            if self.ended:
                 return False
-            self._ended = True
+            self._told = event
             if self._ending and isinstance(event, Done) and event.finish_reason is FinishReason.BUDGET:
                 self._send(Delta(self._ending))
             self._send(event)

@@ -96,15 +96,16 @@ class Worker:
                 self._preempted[call] = answer
                 self._running = None
         for call in [call for call in self._preempted if call.ended]:
-            self._preempted.pop(call).close(well=False)
+            self._preempted.pop(call).close()
             self._asks.release(call)
 
     def _answer(self, call: Call, answer: Answer) -> None:
         """Advance the running ask by one unit, and let it go where that ended it or something else had."""
         event = None if call.ended else self._advance(call, answer)
-        told = event is not None and self._asks.end(call, event)
+        if event is not None:
+            self._asks.end(call, event)
         if call.ended:
-            answer.close(well=told and isinstance(event, Done))
+            answer.close()
             self._asks.release(call)
             self._running = None
             meter = call.meter
