@@ -19,6 +19,7 @@ import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.subscribeoptions import SubscribeOptions
+from patience import PATIENCE_S
 
 from iotd.config import MqttConfig, SubscriptionConfig
 from iotd.demo.broker import Mosquitto
@@ -26,7 +27,6 @@ from iotd.events import Observation
 from iotd.mqtt import Link
 from iotd.mqtt.dial import new_properties
 
-WAIT_S = 10.0
 RETRY_S = (0.05, 0.2)
 SUBSCRIPTIONS = [
     SubscriptionConfig(topic="home/+/temperature", label="{1} temperature", unit="°C"),
@@ -81,11 +81,11 @@ class Listener:
         self._client.on_message = lambda _, __, message: self._messages.put(message)
         self._client.connect("127.0.0.1", port)
         self._client.loop_start()
-        assert self._subscribed.wait(WAIT_S)
+        assert self._subscribed.wait(PATIENCE_S)
 
     def next(self) -> tuple[str, str, bool]:
         """Topic, text and whether it was retained, of the next message."""
-        message = self._messages.get(timeout=WAIT_S)
+        message = self._messages.get(timeout=PATIENCE_S)
         return message.topic, message.payload.decode(), message.retain
 
     def __enter__(self) -> "Listener":
@@ -113,7 +113,7 @@ class Asker:
         self._client.on_message = lambda _, __, message: self._answers.put(message)
         self._client.connect("127.0.0.1", port)
         self._client.loop_start()
-        assert self._heard.wait(WAIT_S)
+        assert self._heard.wait(PATIENCE_S)
 
     def ask(self, question: str | bytes | dict[str, Any], *, retain: bool = False, **properties: Any) -> None:
         """properties: of MQTT 5, by paho's names. Returns when the broker has the question."""
@@ -121,10 +121,10 @@ class Asker:
         given = new_properties(PacketTypes.PUBLISH) if properties else None
         for name, value in properties.items():
             setattr(given, name, value)
-        self._client.publish(self._topic, payload, qos=1, retain=retain, properties=given).wait_for_publish(WAIT_S)
+        self._client.publish(self._topic, payload, qos=1, retain=retain, properties=given).wait_for_publish(PATIENCE_S)
 
     def next_message(self) -> paho.MQTTMessage:
-        return self._answers.get(timeout=WAIT_S)
+        return self._answers.get(timeout=PATIENCE_S)
 
     def next(self) -> dict[str, Any]:
         """The next answer, or piece of one."""
@@ -155,16 +155,16 @@ class Linked:
         self.link.stop()
 
     def connected(self) -> "Linked":
-        assert self.link.wait_connected(WAIT_S)
+        assert self.link.wait_connected(PATIENCE_S)
         return self
 
     def next(self) -> Observation:
-        return self.events.get(timeout=WAIT_S)
+        return self.events.get(timeout=PATIENCE_S)
 
 
 def until(true: Callable[[], bool]) -> None:
     """Wait for a counter or a state that no event announces."""
-    deadline_s = time.monotonic() + WAIT_S
+    deadline_s = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < deadline_s, "waited in vain"
         time.sleep(0.005)

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-START_S = 60.0
-STOP_S = 30.0
+from patience import PATIENCE_S
 
 
 class ServeProcess:
@@ -37,10 +36,10 @@ class ServeProcess:
         return self._process.pid
 
     def wait_ready(self) -> "ServeProcess":
-        self.target = self.wait_log("ready", START_S)["grpc"]
+        self.target = self.wait_log("ready")["grpc"]
         return self
 
-    def wait_log(self, message: str, timeout_s: float = STOP_S) -> dict[str, Any]:
+    def wait_log(self, message: str, timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """The next record whose message begins so; what came before it is passed over."""
         while True:
             try:
@@ -55,7 +54,7 @@ class ServeProcess:
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
-    def wait(self, timeout_s: float = STOP_S) -> int:
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
         """Its exit code."""
         try:
             code = self._process.wait(timeout_s)
@@ -71,7 +70,7 @@ class ServeProcess:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._reader.join(STOP_S)
+        self._reader.join(PATIENCE_S)
         if self._process.stderr:
             self._process.stderr.close()
 

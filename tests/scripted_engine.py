@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import numpy as np
 from fake_model import EOS, FakeTokenizer
+from patience import PATIENCE_S
 
 from iotd.config import AskConfig, GrpcConfig
 from iotd.errors import InvalidInput, IotdError
@@ -36,7 +37,6 @@ from iotd.events import (
 from iotd.model.grammar import Grammars
 from iotd.rpc import Server
 
-WAIT_S = 10.0
 PNG = b"good image"
 
 DONE = Done(
@@ -129,7 +129,7 @@ class ScriptedEngine:
         return ticket
 
     def next(self) -> ScriptedTicket:
-        return self.tickets.get(timeout=WAIT_S)
+        return self.tickets.get(timeout=PATIENCE_S)
 
 
 def decode_image(data: bytes) -> RGB:
@@ -155,7 +155,7 @@ class Daemon:
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Run the coroutine on the server's loop, and wait for it."""
-        return self.submit(work).result(WAIT_S)
+        return self.submit(work).result(PATIENCE_S)
 
     def set_serving(self, serving: bool) -> None:
         self._call(self.server.set_serving, serving)
@@ -192,7 +192,7 @@ def running(
         return server, await server.start()
 
     try:
-        server, port = asyncio.run_coroutine_threadsafe(start(), loop).result(WAIT_S)
+        server, port = asyncio.run_coroutine_threadsafe(start(), loop).result(PATIENCE_S)
         daemon = Daemon(loop, server, engine, port)
         daemon.set_serving(serving)
         try:
@@ -201,7 +201,7 @@ def running(
             daemon.run(server.stop(0.0))
     finally:
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(WAIT_S)
+        thread.join(PATIENCE_S)
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
 

@@ -18,6 +18,7 @@ from broker import until
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import PATIENCE_S
 
 from iotd.cli import budget_table, commands
 from iotd.convert.convert import convert_checkpoint, convert_random
@@ -387,7 +388,7 @@ def test_a_daemon_is_asked_over_grpc_while_it_reads_the_home(demo_package: Path,
     own.mkdir()
     options = ["--load", "0.5", "--load", "1.5", "--asks", "20", "--budgets", "1s:30s", "--baseline", "--json"]
     process = bench(demo_package, own, *options, "--answers", str(answers), "--plot", str(plot))
-    output, errors = process.communicate(timeout=180)
+    output, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, errors) == (0, "")
     loads = [json.loads(line) for line in output.splitlines()]
     asked = [json.loads(line) for line in answers.read_text().splitlines()]
@@ -419,7 +420,7 @@ def test_a_model_that_sees_nothing_and_says_anything_is_measured_and_shown(tmp_p
     convert_random("tiny", package, recipe="fp32", vision=False)
     own.mkdir()
     process = bench(package, own, "--load", "0.5", "--asks", "10", "--budgets", "50ms:1s")
-    output, errors = process.communicate(timeout=180)
+    output, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, errors) == (0, "")
     assert "without vision" in output
     assert "load 0.5: 10 asks" in output
@@ -439,7 +440,7 @@ def test_an_interrupted_measurement_leaves_nothing_behind(
     below = children(process.pid)
     assert len(below) >= 3
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, errors.strip()) == (130, "")
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
     assert list(own.iterdir()) == []

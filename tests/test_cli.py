@@ -16,6 +16,7 @@ import click
 import jsonschema
 import pytest
 from daemon import ServeProcess, serving, write_config
+from patience import PATIENCE_S
 from scripted_engine import ScriptedTicket, running
 
 from iotd.cli import commands
@@ -24,7 +25,9 @@ from iotd.cli.options import DURATION
 HEAVY = {"onnxruntime", "numpy", "cv2", "grpc", "paho", "rich", "yaml", "msgspec", "onnx", "asyncio"}
 
 
-def iotd(*args: str, env: dict[str, str] | None = None, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+def iotd(
+    *args: str, env: dict[str, str] | None = None, timeout_s: float = PATIENCE_S
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "iotd", *args],
         check=False,
@@ -151,7 +154,7 @@ def test_a_terminal_shows_thoughts_dimmed_and_above_the_answer(thinker: str) -> 
     """Without what could steer it."""
     ours, terminal = pty.openpty()
     args = [sys.executable, "-m", "iotd", "ask", "Is a door open?", "--thinking", "--target", thinker]
-    answer = subprocess.check_output(args, stderr=terminal, timeout=60, text=True)
+    answer = subprocess.check_output(args, stderr=terminal, timeout=PATIENCE_S, text=True)
     shown = os.read(ours, 4096).decode()
     os.close(terminal)
     os.close(ours)
@@ -240,7 +243,7 @@ def test_ctrl_c_is_quiet(daemon: ServeProcess) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, errors.strip()) == (130, "")
 
 
@@ -252,7 +255,7 @@ def test_a_closed_pipe_is_quiet(daemon: ServeProcess) -> None:
     process.stdout.readline()
     process.stdout.close()
     process.stdout = None
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, errors) == (1, b"")
 
 
@@ -353,7 +356,7 @@ def test_what_cannot_be_used_is_one_sentence_and_exit_code_1(tmp_path: Path, arg
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\x00")
     command = [sys.executable, "-m", "iotd", *(str(binary) if arg == "FILE" else arg for arg in args)]
-    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("iotd: ")
     assert result.stderr.count("\n") == 1

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_engine import DONE, PNG, STATUS, WAIT_S, WEIGHED, Daemon, ScriptedTicket, running
+from patience import PATIENCE_S
+from scripted_engine import DONE, PNG, STATUS, WEIGHED, Daemon, ScriptedTicket, running
 
 from iotd import errors
 from iotd.client import Answer, AsyncClient, Classification, Client
@@ -143,7 +144,7 @@ def test_leaving_the_stream_cancels_the_ask(daemon: Daemon, client: Client, way:
         case "cancel":
             stream.cancel()
             assert "".join(stream) in ("", "Yes")
-    assert ticket.cancelled.wait(WAIT_S)
+    assert ticket.cancelled.wait(PATIENCE_S)
 
 
 def score(ticket: ScriptedTicket) -> None:
@@ -322,7 +323,7 @@ def test_leaving_an_async_stream_cancels_the_ask(daemon: Daemon, way: str) -> No
         async with AsyncClient(daemon.target) as client:
             outcome = await asyncio.gather(read(client), return_exceptions=True)
             assert outcome == [None] or way == "task"
-            assert await asyncio.to_thread(ticket().cancelled.wait, WAIT_S)
+            assert await asyncio.to_thread(ticket().cancelled.wait, PATIENCE_S)
 
     tickets: list[ScriptedTicket] = []
 

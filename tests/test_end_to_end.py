@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 import paho.mqtt.client as paho
 import pytest
-from broker import Asker
+from broker import Asker, until
 from daemon import ServeProcess, serving
+from patience import PATIENCE_S
 
 from iotd.client import Client
 from iotd.demo import simulate
@@ -84,7 +85,7 @@ class Watcher:
         self._client.subscribe(topic)
         self._client.loop_start()
 
-    def wait_for(self, payload: str, timeout_s: float = 10) -> None:
+    def wait_for(self, payload: str, timeout_s: float = PATIENCE_S) -> None:
         with self._changed:
             assert self._changed.wait_for(lambda: self._heard[-1:] == [payload], timeout_s), self._heard
 
@@ -102,7 +103,7 @@ def publish(broker: Mosquitto, **options: Any) -> simulate.Totals:
     return simulate.run(broker.host, broker.port, **options)
 
 
-def wait_status(client: Client, wanted: Callable[[ServerStatus], bool], timeout_s: float = 20) -> ServerStatus:
+def wait_status(client: Client, wanted: Callable[[ServerStatus], bool], timeout_s: float = PATIENCE_S) -> ServerStatus:
     """GetStatus until it is as wanted."""
     end_s = time.monotonic() + timeout_s
     while not wanted(status := client.status()):
@@ -150,12 +151,12 @@ def test_a_question_over_mqtt_is_answered_from_the_context(
         assert answer["data"]["usage"]["contextTokens"] > 0
         assert answer["data"]["text"] == "".join(piece["text"] for piece in pieces)
         assert {piece["transaction"] for piece in told} == {"e2e"}
-        asker.ask({"question": "Tell all.", "budget": "60s"}, MessageExpiryInterval=1)
+        asker.ask({"question": "Tell all.", "budget": "600s", "sampling": sampling}, MessageExpiryInterval=60)
         assert asker.next()["status"] == "ok"
         asker.ask({"question": "Tell all.", "camera": "nowhere"})
         assert asker.next()["error"]["code"] == "NOT_FOUND"
     status = wait_status(client, lambda s: s.link is not None and s.link.counters["answers"] == 3)
-    assert status.engine.recent[-1].budget_s == pytest.approx(1)
+    assert status.engine.recent[-1].budget_s == pytest.approx(60)
     assert daemon.stop() == 0
 
 
@@ -170,15 +171,17 @@ def test_a_stop_lets_an_answer_over_mqtt_end(broker: Mosquitto, daemon: ServePro
     assert told["data"]["finishReason"] in ("budget", "length", "stop")
 
 
-def test_several_clients_keep_their_deadlines_while_the_home_goes_on(broker: Mosquitto, client: Client) -> None:
-    """Long answers are cut by their budget, and every one ends in time."""
+def test_several_clients_ask_at_once_while_the_home_goes_on(broker: Mosquitto, client: Client) -> None:
+    """Each is answered, cut by its budget, or told that its time is too short; how late, the heavy test measures."""
     wait_status(client, connected)
     load = Load(client, budgets_s=(0.05, 0.3, 0.6))
-    load.run(lambda: publish(broker, rate_hz=30, frame_hz=2, duration_s=4), n_clients=3)
+
+    def home_goes_on() -> None:
+        publish(broker, rate_hz=30, frame_hz=2, duration_s=4)
+        until(lambda: len(load.overruns_s) >= 6 and FinishReason.BUDGET in load.reasons)
+
+    load.run(home_goes_on, n_clients=3)
     assert load.errors == []
-    assert len(load.overruns_s) >= 6
-    assert max(load.overruns_s) < ALLOWED_S
-    assert FinishReason.BUDGET in load.reasons
 
 
 def test_a_killed_broker_does_not_touch_an_answer_and_reading_resumes(broker: Mosquitto, client: Client) -> None:
@@ -280,7 +283,7 @@ class Load:
         finally:
             over.set()
             for thread in clients:
-                thread.join(60)
+                thread.join(PATIENCE_S)
 
     def _ask_on(self, over: threading.Event, seed: int) -> None:
         n = seed

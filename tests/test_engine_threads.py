@@ -4,19 +4,18 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from engine_driver import SYSTEM, frame, image, reading
+from engine_driver import SYSTEM, ManualClock, frame, image, reading
 from fake_model import FakeModel
+from patience import PATIENCE_S
 
 from iotd.config import AskConfig, ContextConfig
 from iotd.engine import Engine
 from iotd.errors import DeadlineExceeded, Overloaded, Unavailable
 from iotd.events import AnswerEvent, Ask, Delta, Done, Failed, FinishReason, Sampling
-
-WAIT_S = 20.0
 
 
 class Gate:
@@ -31,13 +30,19 @@ class Gate:
     def __call__(self, what: str, n_tokens: int) -> None:
         if what == self.kind and self.shut.is_set():
             self.reached.set()
-            assert self.open.wait(WAIT_S)
+            assert self.open.wait(PATIENCE_S)
 
 
 @contextmanager
-def running(model: FakeModel | None = None, drain_s: float = WAIT_S, **ask: int) -> Iterator[Engine]:
+def running(
+    model: FakeModel | None = None,
+    drain_s: float = PATIENCE_S,
+    clock: Callable[[], float] = time.monotonic,
+    **ask: int,
+) -> Iterator[Engine]:
     context = ContextConfig(window=256, system=SYSTEM, chunk_tokens=32, backlog=32)
-    engine = Engine(model or FakeModel(), context, AskConfig(**{"reserve_tokens": 256, **ask}))  # type: ignore[arg-type]
+    config = AskConfig(**{"reserve_tokens": 256, **ask})  # type: ignore[arg-type]
+    engine = Engine(model or FakeModel(), context, config, clock=clock)  # type: ignore[arg-type]
     engine.start()
     try:
         yield engine
@@ -61,11 +66,17 @@ class Listener:
             self._end.put(event)
 
     def end(self) -> Done | Failed:
-        return self._end.get(timeout=WAIT_S)
+        return self._end.get(timeout=PATIENCE_S)
 
 
-def make_ask(question: str = "how?", budget_s: float = WAIT_S, max_tokens: int = 4, **changes: object) -> Ask:
-    now_s = time.monotonic()
+def make_ask(
+    question: str = "how?",
+    budget_s: float = PATIENCE_S,
+    max_tokens: int = 4,
+    clock: Callable[[], float] = time.monotonic,
+    **changes: object,
+) -> Ask:
+    now_s = clock()
     return Ask(question, now_s, now_s + budget_s, sampling=Sampling(max_tokens=max_tokens, temperature=0), **changes)  # type: ignore[arg-type]
 
 
@@ -113,12 +124,12 @@ def test_asks_are_refused_while_loading() -> None:
     engine = Engine(FakeModel(on_run=gate), ContextConfig(window=256, system=SYSTEM), AskConfig())  # type: ignore[arg-type]
     starting = threading.Thread(target=engine.start)
     starting.start()
-    assert gate.reached.wait(WAIT_S)
+    assert gate.reached.wait(PATIENCE_S)
     with pytest.raises(Unavailable, match="loading"):
         engine.submit(make_ask(), Listener())
     assert not engine.status().ready
     gate.open.set()
-    starting.join(WAIT_S)
+    starting.join(PATIENCE_S)
     assert engine.status().ready
     engine.stop(0)
 
@@ -126,18 +137,20 @@ def test_asks_are_refused_while_loading() -> None:
 @pytest.mark.parametrize("kind", ["encode", "place"])
 def test_a_silent_ask_fails_on_time_even_inside_a_long_unit(kind: str) -> None:
     gate = Gate(kind)
-    with running(FakeModel(on_run=gate)) as engine:
+    clock = ManualClock()
+    with running(FakeModel(on_run=gate), clock=clock) as engine:
         gate.shut.set()
         runs, waits = Listener(), Listener()
-        engine.submit(make_ask(images=(image(),), budget_s=1.0), runs)
-        assert gate.reached.wait(WAIT_S)
-        engine.submit(make_ask(budget_s=0.1), waits)
+        engine.submit(make_ask(images=(image(),), budget_s=1.0, clock=clock), runs)
+        assert gate.reached.wait(PATIENCE_S)
+        engine.submit(make_ask(budget_s=0.1, clock=clock), waits)
+        clock.now_s += 2
         assert isinstance(failure(waits.end()), DeadlineExceeded)
         assert isinstance(failure(runs.end()), DeadlineExceeded)
         assert not gate.open.is_set()
         gate.open.set()
         after = Listener()
-        engine.submit(make_ask(), after)
+        engine.submit(make_ask(clock=clock), after)
         assert isinstance(after.end(), Done)
     assert len(runs.events) == 1
 
@@ -146,7 +159,7 @@ def test_a_cancel_stops_an_answer_under_way() -> None:
     with running(reserve_tokens=100_000) as engine:
         listener = Listener()
         ticket = engine.submit(make_ask(max_tokens=90_000), listener)
-        assert listener.spoke.wait(WAIT_S)
+        assert listener.spoke.wait(PATIENCE_S)
         ticket.cancel()
         end = listener.end()
     assert isinstance(end, Done)
@@ -160,8 +173,8 @@ def test_a_stop_finishes_what_was_asked_before_it() -> None:
         listeners = [Listener() for _ in range(4)]
         for listener in listeners:
             engine.submit(make_ask(), listener)
-        assert gate.reached.wait(WAIT_S)
-        stopping = threading.Thread(target=engine.stop, args=(WAIT_S,))
+        assert gate.reached.wait(PATIENCE_S)
+        stopping = threading.Thread(target=engine.stop, args=(PATIENCE_S,))
         stopping.start()
         while engine.status().ready:
             pass
@@ -169,7 +182,7 @@ def test_a_stop_finishes_what_was_asked_before_it() -> None:
             engine.submit(make_ask(), Listener())
         gate.open.set()
         assert all(isinstance(listener.end(), Done) for listener in listeners)
-        stopping.join(WAIT_S)
+        stopping.join(PATIENCE_S)
         assert not stopping.is_alive()
 
 
@@ -179,14 +192,14 @@ def test_a_stop_fails_what_does_not_end_in_time() -> None:
         gate.shut.set()
         runs, waits = Listener(), Listener()
         engine.submit(make_ask(), runs)
-        assert gate.reached.wait(WAIT_S)
+        assert gate.reached.wait(PATIENCE_S)
         engine.submit(make_ask(), waits)
         stopping = threading.Thread(target=engine.stop, args=(0.01,))
         stopping.start()
         assert isinstance(failure(runs.end()), Unavailable)
         assert isinstance(failure(waits.end()), Unavailable)
         gate.open.set()
-        stopping.join(WAIT_S)
+        stopping.join(PATIENCE_S)
         assert not stopping.is_alive()
 
 
@@ -211,13 +224,13 @@ def test_an_idle_engine_shows_that_it_lives_and_a_stuck_one_does_not() -> None:
     engine = Engine(FakeModel(on_run=gate), context, AskConfig(), clock=clock)  # type: ignore[arg-type]
     engine.start()
     now_s = 100.0
-    while beats.get(timeout=WAIT_S) != 100.0:
+    while beats.get(timeout=PATIENCE_S) != 100.0:
         pass
-    beats.get(timeout=WAIT_S)  # the beat before this one has been noted
+    beats.get(timeout=PATIENCE_S)  # the beat before this one has been noted
     assert engine.progress_s() == 0.0
     gate.shut.set()
     engine.observe(reading(1))
-    assert gate.reached.wait(WAIT_S)
+    assert gate.reached.wait(PATIENCE_S)
     now_s = 200.0
     assert engine.progress_s() == 100.0
     gate.open.set()
@@ -234,7 +247,7 @@ def test_many_threads_at_once_lose_no_ask_and_no_event() -> None:
         for n in range(60):
             listener = Listener()
             try:
-                ticket = engine.submit(make_ask(f"{n}?", budget_s=chance.choice([0.0, 0.002, WAIT_S])), listener)
+                ticket = engine.submit(make_ask(f"{n}?", budget_s=chance.choice([0.0, 0.002, PATIENCE_S])), listener)
             except Overloaded as overloaded:
                 assert overloaded.retry_after_s > 0
                 refused.append(listener)
@@ -257,7 +270,7 @@ def test_many_threads_at_once_lose_no_ask_and_no_event() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(WAIT_S)
+            thread.join(PATIENCE_S)
         for listener, _ in asked:
             listener.end()
     counters = engine.status().counters

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 from daemon import serving
+from patience import PATIENCE_S
 
 from iotd.cli import commands
 from iotd.client import Client
@@ -65,7 +66,7 @@ class Scripted:
 
 def iotd(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "iotd", "eval", *args], check=False, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "iotd", "eval", *args], check=False, capture_output=True, text=True, timeout=PATIENCE_S
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE_S
 
 from iotd.errors import InvalidInput
 from iotd.events import FinishReason, Format, Sampling
@@ -372,4 +373,4 @@ def test_llguidance_is_imported_by_the_first_form_and_not_before(tiny_package: P
         model.constraint(Format("choices", ("a",)), 9)
         assert "llguidance" in sys.modules
     """
-    subprocess.run([sys.executable, "-c", code, str(tiny_package)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(tiny_package)], check=True, timeout=PATIENCE_S)

@@ -9,7 +9,8 @@ from itertools import pairwise
 import cv2
 import numpy as np
 import pytest
-from broker import WAIT_S, Linked, MakeLink
+from broker import Linked, MakeLink
+from patience import PATIENCE_S
 
 from iotd.demo.broker import Mosquitto
 from iotd.demo.devices import Devices, Report, home_subscriptions
@@ -313,14 +314,14 @@ def test_the_simulation_ends_when_it_is_told_to(mosquitto: Mosquitto) -> None:
     )
     thread.start()
     stopping.set()
-    assert ended.get(timeout=WAIT_S).lost == 0
+    assert ended.get(timeout=PATIENCE_S).lost == 0
     thread.join()
 
 
 def test_a_simulation_that_cannot_keep_its_rate_still_ends_on_time(mosquitto: Mosquitto) -> None:
     began_s = time.monotonic()
     run(mosquitto.host, mosquitto.port, rate_hz=1e9, duration_s=0.1)
-    assert time.monotonic() - began_s < 20
+    assert time.monotonic() - began_s < PATIENCE_S
 
 
 def test_progress_is_told_about_once_a_second(mosquitto: Mosquitto) -> None:
@@ -342,7 +343,5 @@ def test_a_simulation_tells_all_that_it_publishes(mosquitto: Mosquitto) -> None:
 
 
 def test_a_simulation_without_a_broker_says_so() -> None:
-    began_s = time.monotonic()
     with pytest.raises(Unavailable, match="no MQTT broker at 127"):
         run("127.0.0.1", 1)
-    assert time.monotonic() - began_s < WAIT_S

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from iotd.model import Model
 from iotd.model.package import read_manifest
@@ -92,7 +93,7 @@ def pull(endpoint: str, home: Path, *args: str) -> subprocess.CompletedProcess[s
     """Run the command as a user does: the hub's address is read when its library is imported."""
     environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "iotd", "pull", *args]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def test_a_checkpoint_is_fetched_and_converted(hub: HubServer, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import cv2
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 
 from iotd.config import MqttConfig, SubscriptionConfig
 from iotd.events import MAX_CAMERAS, Frame, Observation, Reading
@@ -18,7 +19,6 @@ from iotd.ingest.quiet_log import QuietLog
 from iotd.ingest.recall import Recall
 from iotd.ingest.routes import Route
 
-WAIT_S = 10.0
 SUBSCRIPTIONS = [
     SubscriptionConfig(topic="t/+"),
     SubscriptionConfig(topic="slow/+", min_interval_s=10),
@@ -40,11 +40,11 @@ class Sink:
 
     def __call__(self, event: Observation) -> None:
         self.held.set()
-        assert self.gate.wait(WAIT_S)
+        assert self.gate.wait(PATIENCE_S)
         self.events.put(event)
 
     def next(self) -> Observation:
-        return self.events.get(timeout=WAIT_S)
+        return self.events.get(timeout=PATIENCE_S)
 
     def texts(self, n: int) -> list[str]:
         return [event.text if isinstance(event := self.next(), Reading) else event.camera for _ in range(n)]
@@ -72,7 +72,7 @@ def hold(intake: Intake, sink: Sink) -> None:
     """Occupy the intake's thread with one reading."""
     sink.gate.clear()
     intake.offer("t/hold", b"held", 0.0)
-    assert sink.held.wait(WAIT_S)
+    assert sink.held.wait(PATIENCE_S)
 
 
 def test_a_reading_keeps_its_label_its_text_and_its_time(intake: Intake, sink: Sink) -> None:
@@ -237,7 +237,7 @@ def test_a_sink_that_raises_loses_one_event_only(caplog: pytest.LogCaptureFixtur
     intake.start()
     intake.offer("t/a", b"bad", 0.0)
     intake.offer("t/a", b"good", 0.0)
-    assert events.get(timeout=WAIT_S) == Reading("a", "good", 0.0)
+    assert events.get(timeout=PATIENCE_S) == Reading("a", "good", 0.0)
     intake.stop()
     assert intake.counters["dropped_defect"] == 1
     assert "lost to a defect" in caplog.text

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from patience import PATIENCE_S
 from prometheus_client.parser import text_string_to_metric_families
 from scripted_engine import DONE, STATUS
 
@@ -25,7 +26,7 @@ class Scraped:
 
     def samples(self) -> dict[tuple[str, tuple[str, ...]], float]:
         url = f"http://127.0.0.1:{self.port}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as reply:
+        with urllib.request.urlopen(url, timeout=PATIENCE_S) as reply:
             families = text_string_to_metric_families(reply.read().decode())
             return {
                 (sample.name, tuple(sample.labels.values())): sample.value for f in families for sample in f.samples

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import paho.mqtt.client as paho
 import pytest
-from broker import RETRY_S, WAIT_S, Asker, Listen, MakeMosquitto, until
+from broker import RETRY_S, Asker, Listen, MakeMosquitto, until
+from patience import PATIENCE_S
 from scripted_engine import DONE, PNG, Daemon, running
 
 from iotd.config import AskConfig, MqttConfig, SubscriptionConfig
@@ -64,7 +65,7 @@ def make_link(daemon: Daemon) -> Iterator[MakeLink]:
             link: Link = daemon.run(on_the_loop())
             link.start()
             stack.callback(link.stop)
-            assert link.wait_connected(WAIT_S)
+            assert link.wait_connected(PATIENCE_S)
             return link
 
         yield make
@@ -289,7 +290,7 @@ def test_questions_are_heard_again_after_a_lost_broker(daemon: Daemon, mosquitto
     mosquitto.kill()
     until(lambda: not link.status().connected)
     mosquitto.start()
-    assert link.wait_connected(WAIT_S)
+    assert link.wait_connected(PATIENCE_S)
     with Asker(mosquitto.port, BASE) as asker:
         asker.ask("a")
         daemon.engine.next().finish()
@@ -337,7 +338,7 @@ def test_a_question_that_nothing_ends_is_cut_off_by_the_links_own_stop(
     ticket = daemon.engine.next()
     link.stop()
     assert asker.next()["error"]["code"] == "UNAVAILABLE"
-    assert ticket.cancelled.wait(WAIT_S)
+    assert ticket.cancelled.wait(PATIENCE_S)
 
 
 def test_a_daemon_that_drains_says_so(daemon: Daemon, link: Link, asker: Asker) -> None:

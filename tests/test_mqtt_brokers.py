@@ -7,7 +7,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from broker import WAIT_S, Linked, MakeLink, MakeMosquitto, until
+from broker import Linked, MakeLink, MakeMosquitto, until
+from patience import PATIENCE_S
 
 from iotd.config import MqttConfig
 from iotd.demo.broker import Amqtt, embedded_broker
@@ -55,7 +56,7 @@ class Mute:
     def close(self) -> None:
         self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
-        self._thread.join(WAIT_S)
+        self._thread.join(PATIENCE_S)
 
 
 def test_a_broker_that_only_closes_is_asked_in_both_versions(link: MakeLink) -> None:

@@ -10,7 +10,8 @@ import time
 
 import numpy as np
 import pytest
-from broker import SUBSCRIPTIONS, WAIT_S, Linked, Listen, MakeLink, until
+from broker import SUBSCRIPTIONS, Linked, Listen, MakeLink, until
+from patience import PATIENCE_S
 
 from iotd.config import MqttConfig, SubscriptionConfig
 from iotd.demo.broker import Mosquitto, free_port
@@ -130,19 +131,19 @@ def test_overload_drops_the_oldest_and_counts(mosquitto: Mosquitto, link: MakeLi
 
     def sink(event: Observation) -> None:
         held.set()
-        assert gate.wait(WAIT_S)
+        assert gate.wait(PATIENCE_S)
         events.put(event)
 
     linked = link(mosquitto.port, sink, queue=4).connected()
     with Publisher(mosquitto.host, mosquitto.port) as publisher:
         publisher.publish("home/first/temperature", "0")
-        assert held.wait(WAIT_S)
+        assert held.wait(PATIENCE_S)
         for i in range(1, 51):
             publisher.publish("home/room/temperature", str(i))
             publisher.publish("home/camera/door", picture())
         until(lambda: linked.link.status().counters["messages"] == 101)
     gate.set()
-    received = [events.get(timeout=WAIT_S) for _ in range(6)]
+    received = [events.get(timeout=PATIENCE_S) for _ in range(6)]
     texts = [event.text for event in received if isinstance(event, Reading)]
     assert texts == ["0 °C", "47 °C", "48 °C", "49 °C", "50 °C"]
     until(lambda: linked.link.status().counters["frames"] == 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 
 from iotd.model import Model, packed
 from iotd.model.package import cache_folder
@@ -141,7 +142,7 @@ def test_processes_that_start_together_pack_once(tiny_package: Path) -> None:
     )
     command = [sys.executable, "-c", script, str(tiny_package)]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = "".join(process.communicate(timeout=60)[1] for process in both)
+    said = "".join(process.communicate(timeout=PATIENCE_S)[1] for process in both)
     assert [process.returncode for process in both] == [0, 0]
     assert said.count("packing the weights of decoder.onnx") == 1
     assert "unpacked" not in said

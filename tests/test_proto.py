@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from google.protobuf import json_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
+from patience import PATIENCE_S
 
 from iotd.v1 import iotd_pb2
 
@@ -20,7 +21,9 @@ COMMITTED = ROOT / "iotd" / "v1"
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stubs")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run([ROOT / "proto" / "generate", folder], check=True, timeout=60, env={**os.environ, "PATH": path})
+    subprocess.run(
+        [ROOT / "proto" / "generate", folder], check=True, timeout=PATIENCE_S, env={**os.environ, "PATH": path}
+    )
     return folder / "iotd" / "v1"
 
 
@@ -41,7 +44,7 @@ def test_the_committed_stubs_are_those_of_the_proto(generated: Path, name: str) 
 def described(tmp_path_factory: pytest.TempPathFactory) -> FileDescriptorProto:
     path = tmp_path_factory.mktemp("descriptor") / "iotd.pb"
     arguments = ["-I", ROOT / "proto", "--include_source_info", f"--descriptor_set_out={path}", "iotd/v1/iotd.proto"]
-    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *arguments], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *arguments], check=True, timeout=PATIENCE_S)
     return FileDescriptorSet.FromString(path.read_bytes()).file[0]
 
 

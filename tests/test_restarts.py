@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from daemon import serving
 from engine_driver import DrivenEngine
+from patience import PATIENCE_S
 
 from iotd.client import Client
 from iotd.demo.broker import Mosquitto
@@ -24,7 +25,6 @@ WINDOW = 4096
 SYSTEM = "Watch the home."
 QUESTION = "What is open?"
 GREEDY = {"max_tokens": 4, "temperature": 0.0, "presence_penalty": 0.0}
-WAIT_S = 20.0
 
 
 def from_scratch(model: Model, path: Path) -> str:
@@ -44,14 +44,14 @@ def read_some(client: Client, publisher: Publisher, n: int) -> None:
     before = client.status().engine.counters["readings_read"]
     for value in range(3):
         publisher.publish(f"home/door/d{n % 5}", f"open {n}.{value}")
-    end_s = time.monotonic() + WAIT_S
+    end_s = time.monotonic() + PATIENCE_S
     while client.status().engine.counters["readings_read"] < before + 3:
         assert time.monotonic() < end_s
         time.sleep(0.01)
 
 
 def wait_connected(client: Client) -> None:
-    end_s = time.monotonic() + WAIT_S
+    end_s = time.monotonic() + PATIENCE_S
     while (link := client.status().link) is None or not link.connected:
         assert time.monotonic() < end_s
         time.sleep(0.01)

@@ -10,7 +10,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from scripted_engine import DONE, PNG, WAIT_S, Daemon, ScriptedTicket, channel, decode_image, running
+from patience import PATIENCE_S
+from scripted_engine import DONE, PNG, Daemon, ScriptedTicket, channel, decode_image, running
 
 from iotd.config import AskConfig
 from iotd.errors import DeadlineExceeded
@@ -181,7 +182,7 @@ def test_cancelling_the_call_cancels_the_ticket(daemon: Daemon, stub: Any) -> No
     next(events)
     assert not ticket.cancelled.is_set()
     events.cancel()
-    assert ticket.cancelled.wait(WAIT_S)
+    assert ticket.cancelled.wait(PATIENCE_S)
     ticket.say("nobody hears this")
     ticket.finish()
 
@@ -190,7 +191,7 @@ def test_a_client_that_goes_away_cancels_its_ticket(daemon: Daemon) -> None:
     with channel(daemon) as opened:
         _call = iotd_pb2_grpc.IotdStub(opened).Ask(question())
         ticket = daemon.engine.next()
-    assert ticket.cancelled.wait(WAIT_S)
+    assert ticket.cancelled.wait(PATIENCE_S)
 
 
 def test_a_passed_grpc_deadline_cancels_the_ticket(daemon: Daemon, stub: Any) -> None:
@@ -199,7 +200,7 @@ def test_a_passed_grpc_deadline_cancels_the_ticket(daemon: Daemon, stub: Any) ->
     with pytest.raises(grpc.RpcError) as caught:
         list(events)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert ticket.cancelled.wait(WAIT_S)
+    assert ticket.cancelled.wait(PATIENCE_S)
 
 
 def test_a_client_that_does_not_read_blocks_no_engine_and_leaves_nothing_when_it_goes(daemon: Daemon) -> None:
@@ -210,7 +211,7 @@ def test_a_client_that_does_not_read_blocks_no_engine_and_leaves_nothing_when_it
             ticket.say("x" * 100_000)
         ticket.finish()
         assert not ticket.cancelled.is_set()
-    assert ticket.cancelled.wait(WAIT_S)
+    assert ticket.cancelled.wait(PATIENCE_S)
 
 
 def test_a_client_that_reads_late_gets_the_whole_answer(daemon: Daemon, stub: Any) -> None:
@@ -230,7 +231,7 @@ def test_an_engine_that_never_ends_an_answer_does_not_hold_the_call(
     with pytest.raises(grpc.RpcError) as caught:
         list(answer)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert ticket.cancelled.wait(WAIT_S)
+    assert ticket.cancelled.wait(PATIENCE_S)
 
 
 def test_twenty_clients_at_once_each_get_their_own_answer(daemon: Daemon) -> None:
@@ -266,14 +267,14 @@ def test_images_are_decoded_off_the_event_loop() -> None:
 
     def slow(data: bytes) -> Any:
         decoding.set()
-        assert go_on.wait(WAIT_S)
+        assert go_on.wait(PATIENCE_S)
         return decode_image(data)
 
     with running(decode=slow) as daemon, channel(daemon) as opened:
         stub = iotd_pb2_grpc.IotdStub(opened)
         events = stub.Ask(question(images=[PNG]))
-        assert decoding.wait(WAIT_S)
-        assert stub.GetStatus(iotd_pb2.GetStatusRequest(), timeout=WAIT_S).version == "1.2.3"
+        assert decoding.wait(PATIENCE_S)
+        assert stub.GetStatus(iotd_pb2.GetStatusRequest(), timeout=PATIENCE_S).version == "1.2.3"
         go_on.set()
         daemon.engine.next().finish()
         assert list(events)[-1].done.finish_reason == iotd_pb2.FINISH_REASON_STOP

@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from scripted_engine import DONE, PNG, WAIT_S, WEIGHED, Daemon, ScriptedTicket, channel, decode_image, running
+from patience import PATIENCE_S
+from scripted_engine import DONE, PNG, WEIGHED, Daemon, ScriptedTicket, channel, decode_image, running
 
 from iotd.config import AskConfig
 from iotd.errors import DeadlineExceeded
@@ -102,8 +103,8 @@ def test_a_client_that_goes_away_cancels_its_ticket(daemon: Daemon, way: str) ->
         if way == "deadline":
             assert code(call) is grpc.StatusCode.DEADLINE_EXCEEDED
         if way != "leave":
-            assert ticket.cancelled.wait(WAIT_S)
-    assert ticket.cancelled.wait(WAIT_S)
+            assert ticket.cancelled.wait(PATIENCE_S)
+    assert ticket.cancelled.wait(PATIENCE_S)
 
 
 def test_an_error_of_the_engine_ends_the_call(daemon: Daemon, stub: Any) -> None:
@@ -130,7 +131,7 @@ def test_a_daemon_that_stops_ends_it_and_takes_no_more(daemon: Daemon, stub: Any
     assert code(stub.Classify.future(request())) is grpc.StatusCode.UNAVAILABLE
     daemon.run(daemon.server._service.drain(0.0))
     assert code(call) is grpc.StatusCode.UNAVAILABLE
-    assert ticket.cancelled.wait(WAIT_S)
+    assert ticket.cancelled.wait(PATIENCE_S)
 
 
 def test_twenty_clients_at_once_each_get_their_own_scores(daemon: Daemon) -> None:

@@ -11,7 +11,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from scripted_engine import STATUS, WAIT_S, Daemon, channel, decode_image, running
+from patience import PATIENCE_S
+from scripted_engine import STATUS, Daemon, channel, decode_image, running
 
 from iotd.client import Client
 from iotd.config import AskConfig, GrpcConfig
@@ -45,7 +46,7 @@ def refusal(answer: Any) -> grpc.RpcError:
 def test_health_is_not_serving_while_loading_and_while_draining(name: str) -> None:
     with running(serving=False) as daemon, channel(daemon) as opened:
         health = health_pb2_grpc.HealthStub(opened)
-        states = health.Watch(health_pb2.HealthCheckRequest(service=name), timeout=WAIT_S)
+        states = health.Watch(health_pb2.HealthCheckRequest(service=name), timeout=PATIENCE_S)
         assert next(states).status == NOT_SERVING
         daemon.set_serving(True)
         assert next(states).status == SERVING
@@ -56,7 +57,7 @@ def test_health_is_not_serving_while_loading_and_while_draining(name: str) -> No
 
 def test_health_can_go_and_come_while_questions_are_taken() -> None:
     with running() as daemon, channel(daemon) as opened:
-        states = health_pb2_grpc.HealthStub(opened).Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+        states = health_pb2_grpc.HealthStub(opened).Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
         assert next(states).status == SERVING
         for healthy, expected in ((False, NOT_SERVING), (True, SERVING)):
             daemon.set_health(healthy)
@@ -119,12 +120,12 @@ def test_stopping_waits_for_the_open_answer() -> None:
         ticket.say("Yes")
         assert next(answer).HasField("accepted")
         assert next(answer).delta.text == "Yes"
-        stopped = daemon.submit(daemon.server.stop(WAIT_S))
+        stopped = daemon.submit(daemon.server.stop(PATIENCE_S))
         assert refusal(iotd.Ask(QUESTION)).code() is grpc.StatusCode.UNAVAILABLE
         assert not stopped.done()
         ticket.finish()
         assert next(answer).HasField("done")
-        stopped.result(WAIT_S)
+        stopped.result(PATIENCE_S)
 
 
 def test_stopping_ends_what_outlasts_its_grace_as_unavailable() -> None:
@@ -259,7 +260,7 @@ def status_over_tls(daemon: Daemon, ca: str, identity: tuple[str, str] | None = 
     certificate, key = (Path(path).read_bytes() for path in identity) if identity else (None, None)
     credentials = grpc.ssl_channel_credentials(Path(ca).read_bytes(), key, certificate)
     with grpc.secure_channel(daemon.target, credentials) as opened:
-        response = iotd_pb2_grpc.IotdStub(opened).GetStatus(iotd_pb2.GetStatusRequest(), timeout=WAIT_S)
+        response = iotd_pb2_grpc.IotdStub(opened).GetStatus(iotd_pb2.GetStatusRequest(), timeout=PATIENCE_S)
         return str(response.version)
 
 
@@ -269,7 +270,7 @@ def test_tls_serves_who_trusts_its_authority(pki: Pki) -> None:
         with pytest.raises(grpc.RpcError) as distrust:
             status_over_tls(daemon, pki.other_ca)
         with stub(daemon) as plain, pytest.raises(grpc.RpcError) as clear_text:
-            plain.GetStatus(iotd_pb2.GetStatusRequest(), timeout=WAIT_S)
+            plain.GetStatus(iotd_pb2.GetStatusRequest(), timeout=PATIENCE_S)
     assert distrust.value.code() is clear_text.value.code() is grpc.StatusCode.UNAVAILABLE
 
 

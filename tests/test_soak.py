@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from patience import PATIENCE_S
 
 from iotd.config import AskConfig, ContextConfig
 from iotd.engine import Engine
@@ -74,6 +75,6 @@ def _ask(engine: Engine) -> float:
     events: queue.SimpleQueue[AnswerEvent] = queue.SimpleQueue()
     now_s = time.monotonic()
     engine.submit(Ask("Which room is the warmest?", now_s, now_s + 60, sampling=Sampling(max_tokens=2)), events.put)
-    while not isinstance(event := events.get(timeout=60), Done):
+    while not isinstance(event := events.get(timeout=PATIENCE_S), Done):
         assert not isinstance(event, Failed), event
     return event.timings.queue_s

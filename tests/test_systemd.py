@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from iotd.ops.systemd import Notifier
 
@@ -24,7 +25,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[st
     """systemd's end of the line, and its name as NOTIFY_SOCKET has it."""
     name = f"@iotd-test-{os.getpid()}" if request.param == "abstract" else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
-        s.settimeout(5)
+        s.settimeout(PATIENCE_S)
         s.bind(name.replace("@", "\0") if name.startswith("@") else name)
         yield name, s
 
@@ -71,7 +72,7 @@ def test_the_unit_is_clean(tmp_path: Path) -> None:
     unit = tmp_path / UNIT.name
     unit.write_text(UNIT.read_text().replace("/opt/iotd/bin/iotd", sys.executable))
     result = subprocess.run(
-        ["systemd-analyze", "verify", str(unit)], check=False, capture_output=True, text=True, timeout=60
+        ["systemd-analyze", "verify", str(unit)], check=False, capture_output=True, text=True, timeout=PATIENCE_S
     )
     complaints = [line for line in (result.stdout + result.stderr).splitlines() if "iotd" in line]
     assert (result.returncode, complaints) == (0, [])
@@ -84,7 +85,7 @@ def test_the_unit_exposes_little() -> None:
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     overall = re.search(r"Overall exposure level.*?: ([\d.]+)", result.stdout)
     assert overall, result.stdout + result.stderr
