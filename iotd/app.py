@@ -26,7 +26,6 @@ from iotd.errors import ConfigError, IotdError
 from iotd.events import Answered, EngineStatus, ServerStatus
 from iotd.ingest import decode_image
 from iotd.model import Model
-from iotd.model.package import read_manifest
 from iotd.mqtt import Link
 from iotd.mqtt.probe import probe
 from iotd.ops import board, logs, measured, preflight, snapshots
@@ -37,8 +36,6 @@ from iotd.rpc.listen import check as check_listen
 
 log = logging.getLogger(__name__)
 
-TWO_STAGE_ROWS = 32_768
-"""With fewer tokens to choose from, all their logits take less time than finding those that matter."""
 TICK_S = 1.0
 PATIENCE_S = 60.0
 """Without a watchdog: an engine that makes no progress for this long is called stalled."""
@@ -89,14 +86,13 @@ def open_engine(config: Config, on_answer: Callable[[Answered], None] | None = N
     Raises PackageError, or ConfigError naming the key.
     """
     settings = config.model
-    few = read_manifest(Path(settings.path)).head.rows < TWO_STAGE_ROWS
     model = Model.open(
         settings.path,
         threads=threads(config),
         spinning=settings.spinning,
         affinity=settings.affinity,
         max_image_pixels=settings.max_image_pixels,
-        head="exact" if few else settings.head,
+        head=settings.head,
         pack=pack,
     )
     preflight.check_positions(config, model.spec)

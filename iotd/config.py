@@ -45,11 +45,11 @@ class ModelConfig(_Section, frozen=True):
     """They wait for work in a loop while the model runs: faster, unless something else needs their cores meanwhile."""
     affinity: bool = False
     """All but one of them keep to a core each, the last ones."""
-    head: Literal["exact", "two-stage"] = "two-stage"
+    head: Literal["auto", "exact", "two-stage"] = "auto"
     """How the next word is found in the vocabulary: from the logits of all tokens, or of those alone that a coarse pass
-    finds likely. That reads a third less for each token, and takes all where it cannot be sure of the likeliest; of a
-    draw from the whole vocabulary (top_k 0) it leaves out what is far from likely. Small vocabularies are always taken
-    whole."""
+    finds likely. That reads a fifth less for each token, and takes all where it cannot be sure of the likeliest; of a
+    draw from the whole vocabulary (top_k 0) it leaves out what is far from likely. `auto` does so where the package's
+    conversion found that it is right."""
     max_image_pixels: Annotated[int, msgspec.Meta(ge=1024)] = 65_536
     """Images are resized to this many at most before they are encoded; the 0.8B makes 64 tokens of 65,536."""
 

@@ -13,7 +13,7 @@ from iotd.cli.options import DURATION, FILE, HEAD, JSON, THREADS, Number
 from iotd.cli.show import extra, plain, progress, quality_lines
 
 if TYPE_CHECKING:
-    from iotd.model.head import HeadKind
+    from iotd.model.head import HeadChoice
     from iotd.ops.bench import Figure
 
 
@@ -72,7 +72,7 @@ def speed(
     threads: int,
     repeat: int,
     peers: tuple[str, ...],
-    head: "HeadKind",
+    head: "HeadChoice",
     plot: IO[str] | None,
     as_json: bool,
 ) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from iotd.demo.evaluate import Outcome
     from iotd.demo.respondents import DaemonRespondent, FreshDaemonRespondent, PackageRespondent
     from iotd.demo.simulate import Totals
-    from iotd.model.head import HeadKind
+    from iotd.model.head import HeadChoice
 
 
 @click.command()
@@ -116,7 +116,7 @@ def _respondent(
     target: str | None,
     broker: str | None,
     threads: int,
-    head: "HeadKind",
+    head: "HeadChoice",
     max_image_pixels: int | None,
 ) -> "PackageRespondent | DaemonRespondent | FreshDaemonRespondent":
     if (package is None) == (target is None):

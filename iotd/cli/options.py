@@ -84,8 +84,8 @@ def TLS(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802 - stan
 THREADS = click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Compute threads.")
 HEAD = click.option(
     "--head",
-    type=click.Choice(["exact", "two-stage", "coarse"]),
-    default="exact",
+    type=click.Choice(["auto", "exact", "two-stage", "coarse"]),
+    default="auto",
     show_default=True,
     help="As model.head has it; coarse is two-stage that never falls back, as random weights make it do.",
 )

@@ -18,6 +18,7 @@ from iotd.convert.beside import beside, work_folder
 from iotd.convert.calibrate import Calibrated, Calibrator
 from iotd.convert.chat import compile_chat
 from iotd.convert.checkpoint import Checkpoint
+from iotd.convert.coarse import MEASURED_STATES, HiddenStates
 from iotd.convert.decoder import DecoderWriter
 from iotd.convert.graph import GraphWriter
 from iotd.convert.head import head_matrix, write_head
@@ -196,14 +197,22 @@ class _Conversion:
             spec = _write_text(folder, spec, origin)
             shortlist = None if self._choose is None else _shortlist(self._choose, folder, spec)
             if self._calibration is None:
-                tables = self._write_graphs(folder, spec, Nearest(self._recipe), shortlist)
+                hidden = _noise(spec.hidden_size) if self._measured_only else None
+                tables = self._write_graphs(folder, spec, Nearest(self._recipe), shortlist, hidden)
                 return self._write_manifest(folder, spec, *tables)
             with work_folder(out, self._plan()) as work:
                 texts = self._texts(folder, self._calibration)
                 found = self._calibrate(spec, texts, work)
-                tables = self._write_graphs(folder, spec, found.rounding, shortlist)
+                n_fit = sum(len(text.ids) for text in texts.fit)
+                hidden = HiddenStates(found.hidden[:n_fit], found.hidden[n_fit:])
+                tables = self._write_graphs(folder, spec, found.rounding, shortlist, hidden)
                 figures = self._quality(folder, spec, texts, found, shortlist)
                 return self._write_manifest(folder, spec, *tables, figures)
+
+    @property
+    def _measured_only(self) -> bool:
+        """Random weights say nothing, whatever head says it."""
+        return self._origin.folder is None
 
     def _texts(self, folder: Path, calibration: Calibration) -> Texts:
         tokenizer = Tokenizer.open(folder / TOKENIZER)
@@ -236,11 +245,16 @@ class _Conversion:
         return tuple(quality(kind, joined(found)) for kind, found in parts.items())
 
     def _write_graphs(
-        self, folder: Path, spec: ModelSpec, rounding: Rounding, shortlist: Sequence[int] | None
+        self,
+        folder: Path,
+        spec: ModelSpec,
+        rounding: Rounding,
+        shortlist: Sequence[int] | None,
+        hidden: HiddenStates | None,
     ) -> tuple[TableEntry, HeadEntry]:
         """Returns where the rows of embedding and head lie: the same ones where the head has a row for each token."""
         weights = self._origin.weights(self._progress)
-        head = write_head(folder, spec, weights, rounding, shortlist)
+        head = write_head(folder, spec, weights, rounding, shortlist, hidden, keep=self._measured_only)
         embedding = head.table
         with GraphWriter(folder / DECODER, rounding) as graph:
             DecoderWriter(graph, spec, weights).write()
@@ -284,6 +298,12 @@ class _Conversion:
 def _shortlist(choose: Choice, folder: Path, spec: ModelSpec) -> list[int]:
     """With the tokens that end an answer, which a checkpoint's config may name and its tokenizer not know."""
     return sorted({*choose(Tokenizer.open(folder / TOKENIZER)), *spec.eos_token_ids})
+
+
+def _noise(hidden_size: int) -> HiddenStates:
+    """What stands for the hidden states of random weights."""
+    states = np.random.default_rng(0).standard_normal((2 * MEASURED_STATES, hidden_size)).astype(np.float32)
+    return HiddenStates(states, states[MEASURED_STATES:])
 
 
 def _at(ids: NDArray[np.int64], shortlist: Sequence[int]) -> NDArray[np.int64]:

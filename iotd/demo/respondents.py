@@ -27,7 +27,7 @@ from iotd.engine.lines import Lines
 from iotd.errors import InvalidInput, Unavailable
 from iotd.events import Labels, Reading, Sampling, ServerStatus
 from iotd.model import Model, State
-from iotd.model.head import HeadKind
+from iotd.model.head import HeadChoice
 from iotd.model.package import read_manifest
 from iotd.mqtt.publisher import Publisher
 
@@ -48,7 +48,7 @@ class PackageRespondent:
     """The model of a package in this process: one state reads the stream, each question runs on a fork of it."""
 
     def __init__(
-        self, package: Path, threads: int, head: HeadKind = "exact", max_image_pixels: int | None = None
+        self, package: Path, threads: int, head: HeadChoice = "exact", max_image_pixels: int | None = None
     ) -> None:
         """Raises PackageError where it cannot be opened, InvalidInput where it cannot see."""
         self._model = Model.open(package, threads=threads, head=head, max_image_pixels=max_image_pixels)

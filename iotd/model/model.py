@@ -16,7 +16,7 @@ from iotd.model.decoder import Decoder
 from iotd.model.endings import Endings
 from iotd.model.generation import Drafting, Generation
 from iotd.model.grammar import Constraint, Grammars
-from iotd.model.head import Head, HeadKind
+from iotd.model.head import Head, HeadChoice, HeadKind
 from iotd.model.labels import Path as LabelPath
 from iotd.model.labels import Weighing, label_paths
 from iotd.model.lookup import Lookup
@@ -45,7 +45,7 @@ class Model:
         manifest: Manifest,
         open_graph: OpenGraph,
         max_image_pixels: int | None = None,
-        head: HeadKind = "exact",
+        head: HeadChoice = "exact",
     ) -> None:
         self.manifest = manifest
         self.tokenizer = Tokenizer.open(folder / TOKENIZER)
@@ -68,7 +68,7 @@ class Model:
         spinning: bool = True,
         affinity: bool = False,
         max_image_pixels: int | None = None,
-        head: HeadKind = "exact",
+        head: HeadChoice = "exact",
         pack: bool = True,
         profile: Path | None = None,
     ) -> "Model":
@@ -76,12 +76,13 @@ class Model:
 
         `threads` compute, and `spinning` and `affinity` are as `iotd.model.session.Threads` has them.
         `max_image_pixels` bounds the size images are resized to, below the package's own bound. `head` says how logits
-        are made: all of them, or with "two-stage" those that may be the largest, as far as a coarse head can tell.
+        are made: all of them, or with "two-stage" those that may be the largest, as far as a coarse head can tell, or
+        with "auto" as conversion found it right.
         `pack` keeps the weights of a large package in the cache as this machine's kernels want them: half the memory, a
         faster start.
         `profile` measures the decoder's operators up to `end_profile`, with a file's name to begin with; nothing is
         packed then.
-        Raises PackageError for what is no package, damaged, or of another format.
+        Raises PackageError for what is no package, damaged, or of another format, or lacks the head.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -105,6 +106,11 @@ class Model:
     def fingerprint(self) -> str:
         """Of all that a state depends on: weights, graphs, tokenizer and chat template."""
         return self.manifest.fingerprint
+
+    @property
+    def head(self) -> HeadKind:
+        """The one in use."""
+        return self._head.kind
 
     @property
     def spec(self) -> ModelSpec:

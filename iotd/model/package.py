@@ -66,12 +66,38 @@ class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
     scales_offset: Offset
 
 
+Part = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class CoarseEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A coarse head, and what conversion found of it on hidden states that it was not made of."""
+
+    rank: Annotated[int, msgspec.Meta(ge=1)]
+    candidates: Annotated[int, msgspec.Meta(ge=1)]
+    """Tokens whose exact logits it asks for."""
+    deviations: Annotated[float, msgspec.Meta(ge=0)]
+    """Of what its logits of the candidates are off by, that those of other tokens are taken to be off by at most."""
+    n_states: int
+    fallback: Part
+    """Of the states, those in which it could not be sure. What follows is about the others."""
+    argmax: Part
+    """How often the likeliest token was the exact head's."""
+    top20: Part
+    """Of the exact head's 20 likeliest tokens, those that were candidates."""
+    kl: float
+    """Mean Kullback-Leibler divergence from the exact head's distribution that is drawn from (temperature 0.7, top_k
+    20) to this head's, in nats, over all states; a token that this head cannot draw counts with 1e-6."""
+
+
 class HeadEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The matrix that makes logits of hidden states."""
 
     rows: Annotated[int, msgspec.Meta(ge=1)]
     """One for each token that has a logit: all of them, or those that HEAD_IDS lists."""
     table: TableEntry
+    coarse: CoarseEntry | None = None
+    exact_because: str = ""
+    """Why the coarse head is not to be used unless it is asked for, or why there is none; empty where it is."""
 
 
 class Quality(msgspec.Struct, frozen=True, kw_only=True):
@@ -214,7 +240,9 @@ def _check_hash(path: Path, entry: FileEntry) -> None:
 
 def _needed(manifest: Manifest) -> set[str]:
     """Files that no package of this kind is without."""
-    needed = {DECODER, HEAD, COARSE_HEAD, TOKENIZER, CHAT, manifest.embedding.file, manifest.head.table.file}
+    needed = {DECODER, HEAD, TOKENIZER, CHAT, manifest.embedding.file, manifest.head.table.file}
+    if manifest.head.coarse is not None:
+        needed.add(COARSE_HEAD)
     if manifest.head.rows != manifest.spec.vocab_size:
         needed.add(HEAD_IDS)
     return needed | ({VISION} if manifest.spec.vision else set())

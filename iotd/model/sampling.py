@@ -13,6 +13,8 @@ from iotd.events import Draw, Sampling
 
 Floats = NDArray[np.float32]
 BLOCK = 256
+CROWDED = 4
+"""Groups for each value that is looked for: few of them hold two."""
 GREEDY_TEMPERATURE = 1e-5
 LEAST = float(np.finfo(np.float32).min)
 THOUGHTS = Draw(temperature=1.0, top_p=0.95, top_k=20, presence_penalty=1.5)
@@ -98,8 +100,11 @@ def top_k(logits: Floats, k: int) -> NDArray[np.intp]:
 
 
 def nth_largest(values: Floats, n: int) -> float:
-    """About that: at least n values are as large. It is the n-th largest maximum of a block, which takes one pass."""
-    blocks = len(values) // BLOCK
-    if n < blocks:
-        values = values[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
-    return float(np.partition(values, -n)[-n]) if n < len(values) else -np.inf
+    """About that: at least n values are as large. It is the n-th largest maximum of a group, which takes one pass."""
+    if n >= len(values):
+        return -np.inf
+    groups = max(len(values) // BLOCK, CROWDED * n)
+    size = len(values) // groups
+    if size > 1:
+        values = values[: size * groups].reshape(size, groups).max(axis=0)
+    return float(np.partition(values, -n)[-n])

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iotd.model import Model, State
-from iotd.model.head import HeadKind
+from iotd.model.head import HeadChoice
 from iotd.ops import board, energy
 from iotd.ops.peers import Peer, Speeds
 
@@ -73,7 +73,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def run(
-    package: Path, *, threads: int, repeat: int, head: HeadKind = "exact", peers: Sequence[Peer] = ()
+    package: Path, *, threads: int, repeat: int, head: HeadChoice = "exact", peers: Sequence[Peer] = ()
 ) -> Iterator[Figure]:
     """Measure a package, figure by figure. head: see `Model.open`. peers: do the same in turn.
 

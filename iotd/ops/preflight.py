@@ -14,6 +14,7 @@ from iotd.engine import Engine
 from iotd.engine.context import positions
 from iotd.errors import ConfigError, IotdError, PackageError
 from iotd.model import package
+from iotd.model.head import head_in_use
 from iotd.model.spec import ModelSpec
 from iotd.ops import board
 
@@ -62,12 +63,21 @@ def check_positions(config: Config, spec: ModelSpec) -> None:
         )
 
 
+def check_head(config: Config, manifest: package.Manifest) -> None:
+    """Raises ConfigError where the package lacks the configured head."""
+    try:
+        head_in_use(manifest.head, config.model.head)
+    except PackageError as e:
+        raise ConfigError(str(e), field="model.head") from e
+
+
 def _model(config: Config, threads: int, open_model: Open) -> Iterator[Finding]:
     folder = Path(config.model.path)
     try:
         manifest = package.read_manifest(folder)
         package.verify(folder, manifest)
         check_positions(config, manifest.spec)
+        check_head(config, manifest)
         weights = sum(entry.nbytes for entry in manifest.files.values())
         memory = _memory(config, manifest, weights)
         # Where it would take the memory that others need, it is not opened for a look.
@@ -83,6 +93,7 @@ def _model(config: Config, threads: int, open_model: Open) -> Iterator[Finding]:
         "model", True, f"{manifest.name} ({manifest.recipe.name}, {vision}), {_mb(weights)} on disk, {threads} threads"
     )
     yield _quality(manifest)
+    yield _head(config, manifest)
     yield memory
     yield from (finding for finding in frames if finding is not None)
 
@@ -106,6 +117,11 @@ def _quality(manifest: package.Manifest) -> Finding:
         return Finding("quality", True, f"how near the package is to its original is {known}")
     figures = ", ".join(f"{one.kind} {one.kld_mean:.3f} nats ({one.top1:.0%} same)" for one in manifest.quality)
     return Finding("quality", True, f"{manifest.poor}: " * bool(manifest.poor) + f"from its original on {figures}")
+
+
+def _head(config: Config, manifest: package.Manifest) -> Finding:
+    kind, because = head_in_use(manifest.head, config.model.head)
+    return Finding("head", True, f"{kind}: {because}")
 
 
 def _memory(config: Config, manifest: package.Manifest, weights: int) -> Finding:
