@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from iotd.convert.chat import CHATML, compile_chat
 from iotd.convert.checkpoint import Checkpoint, canonical_name
-from iotd.convert.convert import convert_checkpoint
+from iotd.convert.convert import RECIPES, convert_checkpoint
 from iotd.convert.decoder import DecoderWriter
 from iotd.convert.graph import GraphWriter
 from iotd.convert.random import random_config
+from iotd.convert.rounding import Nearest
 from iotd.convert.spec import spec_from_config
 from iotd.convert.tokenizer import compile_tokenizer
 from iotd.convert.vision import VisionWriter
@@ -40,6 +41,7 @@ UNSLOTH = "unsloth-0.8B.reconstructed.jinja"
 SIZES = {"0.8B": True, "2B": True, "4B": True, "9B": False}
 """Whether the head is the embedding."""
 N_MTP = 15
+ROUNDING = Nearest(RECIPES["int4"])
 
 
 def load(name: str) -> Any:
@@ -147,7 +149,7 @@ class Unwritten(GraphWriter):
     """Leaves the weights out."""
 
     def table(self, name: str, weight: Matrix) -> TableEntry:
-        return self._entry(0, 0)
+        return self._entry(self._rounding.grid(name), 0, 0)
 
     def _write(self, values: NDArray[Any]) -> int:
         return 0
@@ -159,10 +161,10 @@ def test_every_real_tensor_is_asked_for_by_its_name_and_shape(size: str, tied: b
     checkpoint = Checkpoint(without_content(tmp_path, size))
     spec = spec_from_config(checkpoint.config, checkpoint.folder, tied=tied, vision=True)
     weights = Asked(checkpoint)
-    with Unwritten(tmp_path / "decoder.onnx", bits=4, block=128) as graph:
+    with Unwritten(tmp_path / "decoder.onnx", ROUNDING) as graph:
         DecoderWriter(graph, spec, weights).write()
     assert spec.vision is not None
-    with Unwritten(tmp_path / "vision.onnx", bits=8, block=32) as graph:
+    with Unwritten(tmp_path / "vision.onnx", ROUNDING) as graph:
         VisionWriter(graph, spec.vision, spec.hidden_size, weights).write()
     for name in ("text.embed_tokens.weight", *(() if tied else ("head.weight",))):
         weights.matrix(name, spec.vocab_size, spec.hidden_size)
