@@ -287,6 +287,23 @@ def test_an_unknown_language_is_named(tiny_package: Path) -> None:
         checked(["en", "xx"])
 
 
+@pytest.mark.parametrize("name", ["fp32", "int4"])
+def test_a_shortlist_leaves_a_tied_table_whole_and_in_one_place(tmp_path: Path, name: str) -> None:
+    """It has the same row for each token, on the shortlist or not, and no other file holds them again."""
+    convert_random("tiny", tmp_path / "short", recipe=name, shortlist=lambda tokenizer: of_texts(tokenizer, ["ab"]))
+    convert_random("tiny", tmp_path / "whole", recipe=name)
+    short, whole = (Model.open(tmp_path / folder, threads=1) for folder in ("short", "whole"))
+    assert short._head.shortlist is not None and len(short._head.shortlist) < whole.spec.vocab_size
+    for file in ("head.onnx.data", "decoder.onnx.data"):
+        assert short.manifest.files[file].nbytes == whole.manifest.files[file].nbytes
+    assert short.manifest.files["coarse-head.onnx.data"].nbytes < whole.manifest.files["coarse-head.onnx.data"].nbytes
+    tokens = np.random.default_rng(0).permutation(whole.spec.vocab_size)
+    rows = np.zeros((2, len(tokens), whole.spec.hidden_size), np.float32)
+    for model, out in zip((short, whole), rows, strict=True):
+        model._decoder._table.rows(tokens, out)
+    np.testing.assert_array_equal(*rows)
+
+
 def test_a_package_with_a_shortlist_speaks_of_it_alone(tmp_path: Path) -> None:
     """What it reads may be any text, what it says is made of the shortlist."""
     convert_random("tiny", tmp_path / "short", recipe="fp32", shortlist=lambda tokenizer: of_texts(tokenizer, ["ab"]))

@@ -252,13 +252,13 @@ class _Conversion:
         shortlist: Sequence[int] | None,
         hidden: HiddenStates | None,
     ) -> tuple[TableEntry, HeadEntry]:
-        """Returns where the rows of embedding and head lie: the same ones where the head has a row for each token."""
+        """Returns where the rows of embedding and head lie, which are the same where they are tied."""
         weights = self._origin.weights(self._progress)
         head = write_head(folder, spec, weights, rounding, shortlist, hidden, keep=self._measured_only)
         embedding = head.table
         with GraphWriter(folder / DECODER, rounding) as graph:
             DecoderWriter(graph, spec, weights).write()
-            if not spec.tied or shortlist is not None:
+            if not spec.tied:
                 table = weights.matrix(f"{EMBEDDING}.weight", spec.vocab_size, spec.hidden_size)
                 embedding = graph.table(EMBEDDING, table)
         if spec.vision is not None:

@@ -107,24 +107,26 @@ class GraphWriter:
         sizes = {"K": columns, "N": rows, "bits": grid.bits, "block_size": grid.block}
         return self.op("MatMulNBits", *inputs, out=out, domain=MS, accuracy_level=4, **sizes)
 
-    def table(self, name: str, weight: Matrix) -> TableEntry:
-        """Store a matrix as it is to be rounded, and say where it lies."""
-        grid = self._rounding.grid(name)
+    def table(self, name: str, weight: Matrix, n_used: int | None = None) -> TableEntry:
+        """Store a matrix as it is to be rounded, and say where it lies. n_used: the graph has its first rows alone."""
+        grid, rows = self._rounding.grid(name), n_used or weight.rows
         codes_offset = self._align()
         if grid.bits == 32:
             for start, stop in slices(weight):
                 self._data.write(weight.read(start, stop).tobytes())
-            self._declare(name, TensorProto.FLOAT, (weight.rows, weight.columns), codes_offset)
+            self._declare(name, TensorProto.FLOAT, (rows, weight.columns), codes_offset, of=weight.rows)
             return self._entry(grid, codes_offset, 0)
         scales = []
         for blocks in self._rounding.blocks(name, weight):
             self._data.write(blocks.codes.tobytes())
             scales.append(blocks.scales)
-        self._declare(f"{name}.codes", TensorProto.UINT8, (weight.rows, *blocks.codes.shape[1:]), codes_offset)
+        shape = (rows, *blocks.codes.shape[1:])
+        self._declare(f"{name}.codes", TensorProto.UINT8, shape, codes_offset, of=weight.rows)
         scales_offset = self._align()
         for part in scales:
             self._data.write(bfloat16(part).tobytes())
-        self._declare(f"{name}.scales", TensorProto.BFLOAT16, (weight.rows, scales[0].shape[1]), scales_offset)
+        shape = (rows, scales[0].shape[1])
+        self._declare(f"{name}.scales", TensorProto.BFLOAT16, shape, scales_offset, of=weight.rows)
         return self._entry(grid, codes_offset, scales_offset)
 
     def show(self, value: str, *shape: int | str) -> None:
@@ -168,9 +170,12 @@ class GraphWriter:
         self._data.write(np.ascontiguousarray(values).tobytes())
         return offset
 
-    def _declare(self, name: str, kind: int, shape: tuple[int, ...], offset: int) -> None:
+    def _declare(self, name: str, kind: int, shape: tuple[int, ...], offset: int, of: int | None = None) -> None:
+        """What was written from `offset` on, or of so many rows of it the first that are in `shape`."""
         tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
         length = self._data.tell() - offset
+        if of is not None:
+            length = length // of * shape[0]
         for key, value in (("location", self.data_path.name), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
         self._initializers[name] = tensor

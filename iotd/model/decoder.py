@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from iotd.errors import ContextOverflow, InvalidInput, PackageError, StateMismatch
 from iotd.model.head import MOST_ROWS, Head
-from iotd.model.package import DECODER, TableEntry
+from iotd.model.package import DECODER
 from iotd.model.session import OpenGraph
 from iotd.model.spec import ModelSpec
 from iotd.model.state import Cache, State
@@ -29,12 +29,13 @@ CHUNK = 128
 class Decoder:
     """One opened decoder graph. Not thread-safe: one thread owns it."""
 
-    def __init__(self, folder: Path, spec: ModelSpec, embedding: TableEntry, head: Head, open_graph: OpenGraph) -> None:
+    def __init__(self, folder: Path, spec: ModelSpec, table: RowTable, head: Head, open_graph: OpenGraph) -> None:
+        """table: of the embedding."""
         self.spec = spec
         self._head = head
         self._session = open_graph(folder / DECODER)
         self._check_graph(folder / DECODER)
-        self._table = RowTable(folder, embedding, spec.vocab_size, spec.hidden_size)
+        self._table = table
         self._embeds = np.zeros((1, CHUNK, spec.hidden_size), np.float32)
         self._positions = np.zeros(3 * CHUNK, np.int64)
         self._token = np.zeros(1, np.int64)

@@ -27,6 +27,7 @@ from iotd.model.sampling import sampling_of
 from iotd.model.session import OpenGraph, Threads, open_session
 from iotd.model.spec import ModelSpec
 from iotd.model.state import State
+from iotd.model.table import RowTable
 from iotd.model.tokenizer import Tokenizer
 from iotd.model.vision import Grid, VisionEncoder, check_image
 
@@ -54,8 +55,11 @@ class Model:
         """How its turns, sentences and thoughts end."""
         self._head = Head(folder, manifest.head, manifest.spec, open_graph, head)
         self._grammars = Grammars(self.tokenizer, manifest.spec.eos_token_ids)
-        self._decoder = Decoder(folder, manifest.spec, manifest.embedding, self._head, open_graph)
-        vision = manifest.spec.vision
+        spec, tied = manifest.spec, manifest.embedding == manifest.head.table
+        first = self._head.shortlist if tied else None
+        table = RowTable(folder, manifest.embedding, spec.vocab_size, spec.hidden_size, first)
+        self._decoder = Decoder(folder, spec, table, self._head, open_graph)
+        vision = spec.vision
         self._vision = None if vision is None else VisionEncoder(folder, vision, open_graph, max_image_pixels)
         self._beside: State | None = None
 

@@ -90,7 +90,7 @@ class CoarseEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HeadEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """The matrix that makes logits of hidden states."""
+    """The matrix that makes logits of hidden states: the first `rows` of the table."""
 
     rows: Annotated[int, msgspec.Meta(ge=1)]
     """One for each token that has a logit: all of them, or those that HEAD_IDS lists."""

@@ -27,9 +27,15 @@ _PAIRS = _NIBBLES.view(np.uint64)[:, 0]
 class RowTable:
     """Looks up the rows of one matrix."""
 
-    def __init__(self, folder: Path, entry: TableEntry, rows: int, columns: int) -> None:
-        """Raises PackageError where the file does not hold that table."""
+    def __init__(
+        self, folder: Path, entry: TableEntry, rows: int, columns: int, first: NDArray[np.int64] | None = None
+    ) -> None:
+        """first: tokens, ascending, whose rows stand before those of all others. None: each stands where its number is.
+
+        Raises PackageError where the file does not hold that table.
+        """
         path = folder / entry.file
+        self._first = first
         self._columns = columns
         self._bits = entry.bits
         self._block = entry.block
@@ -52,6 +58,8 @@ class RowTable:
 
         Raises PackageError where the file has become shorter since it was opened.
         """
+        if self._first is not None:
+            token_ids = _behind(self._first, token_ids)
         codes = self._codes.read(token_ids)
         if self._bits == 32:
             out[...] = codes
@@ -86,6 +94,13 @@ class RowTable:
         sums = np.einsum("nbk,bk->nb", values.reshape(n, blocks, -1), padded)
         products: Floats = np.einsum("nb,nb->n", sums, _widened(scales[0]))
         return products
+
+
+def _behind(first: NDArray[np.int64], token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where the rows of tokens stand, int64 [T]."""
+    at = np.searchsorted(first, token_ids)
+    listed = first[at.clip(max=len(first) - 1)] == token_ids
+    return np.where(listed, at, len(first) + token_ids - at)
 
 
 def _widened(scales: NDArray[Any]) -> Floats:
