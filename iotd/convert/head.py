@@ -68,7 +68,7 @@ def _written(folder: Path, entry: HeadEntry, columns: int, open_graph: OpenGraph
         table.rows(np.arange(start, stop), found)
         return found
 
-    nbytes = (folder / entry.table.file).stat().st_size
+    nbytes = columns * entry.rows * entry.table.bits // 8
     return Exact(graph, Rows(table, entry, graph), Matrix(entry.rows, columns, read), nbytes)
 
 
