@@ -77,7 +77,7 @@ def write_coarse(
     reference = Reference.of(exact.graph, hidden.held[:MEASURED_STATES] if keep else hidden.held)
     try:
         if keep:
-            choice = _Choice(_rank(exact, rounding, MEASURED_RANK_PART), MEASURED_CANDIDATES)
+            choice = _measured(exact, rounding)
             entry = _entry(choice, tally(*writer.opened(choice), reference, whole=True))
             writer.move(choice, folder)
             return entry, "the coarse head was made to be measured, not to be right"
@@ -109,6 +109,10 @@ def _choices(exact: Exact, rounding: Rounding) -> Iterator[_Choice]:
     for choice in sorted(found, key=lambda choice: choice.nbytes(exact)):
         if choice.nbytes(exact) < exact.nbytes:
             yield choice
+
+
+def _measured(exact: Exact, rounding: Rounding) -> _Choice:
+    return _Choice(_rank(exact, rounding, MEASURED_RANK_PART), min(MEASURED_CANDIDATES, -(-exact.matrix.rows // 4)))
 
 
 def _rank(exact: Exact, rounding: Rounding, part: float) -> int:
