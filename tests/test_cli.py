@@ -263,7 +263,7 @@ def test_check_says_what_it_would_do(tmp_path: Path, settings: dict[str, Any]) -
     result = iotd("check", "-c", str(write_config(tmp_path, settings)))
     assert (result.returncode, result.stderr) == (0, "")
     assert [line.split()[:2] for line in result.stdout.splitlines()] == [
-        ["ok", name] for name in ("config", "model", "memory", "grpc", "broker")
+        ["ok", name] for name in ("config", "model", "quality", "head", "memory", "grpc", "broker")
     ]
 
 

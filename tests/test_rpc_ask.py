@@ -102,8 +102,9 @@ def test_thoughts_are_drawn_by_the_models_card_where_the_request_does_not_say_ho
     """The answer behind them is drawn as every other."""
     sampling = iotd_pb2.SamplingOptions(thinking=True, **given)
     _call = stub.Ask(question(sampling=sampling, **fields))
+    ask = daemon.engine.next().ask
     _other = stub.Ask(question(sampling=iotd_pb2.SamplingOptions(**given), **fields))
-    ask, other = (daemon.engine.next().ask for _ in range(2))
+    other = daemon.engine.next().ask
     assert ask.sampling.thoughts == thoughts
     assert replace(ask.sampling, thoughts=None, thinking=False) == other.sampling
 
