@@ -116,9 +116,9 @@ class Recorder(PackageRespondent):
             self.pictures.append(event.scene.rgb)
         super().read(event)
 
-    def answer(self, question: str) -> str:
+    def answer(self, question: str, seed: int | None = None) -> str:
         before = [*self.stream]
-        text = super().answer(question)
+        text = super().answer(question, seed)
         self.prompt, self.stream = self.stream, before
         return text
 
