@@ -61,6 +61,11 @@ def _table(name: str, report: Report) -> str:
             f"  {text['kind']:10s} {text['kld_mean']:7.4f} {text['kld_median']:7.4f} {text['kld_p99']:7.3f} "
             f"{100 * text['top1']:5.1f} % {text['ppl']:8.2f} {text['ppl_float']:8.2f}"
         ]
+    head = report["head"]
+    lines += [
+        f"  head: likeliest token {head['argmax']:.3%}, of its top 20 {head['top20']:.2%}, kl {head['kl']:.5f}, "
+        f"falls back in {head['fallback']:.1%}"
+    ]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from yardstick.grids import Q4_K, Q6_K, Grid, mixture, on_grid
+from yardstick.heads import State, StoredHead
 from yardstick.stacks import open_stack
 from yardstick.texts import LENGTH, Text, cut, default_texts, read_texts
 
@@ -249,6 +250,28 @@ def test_stacks_agree_with_transformers(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = network(torch.from_numpy(ids)[None]).last_hidden_state[0].numpy()
     assert np.abs(hidden - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_a_head_without_calibration_falls_back_always(tmp_path: Path) -> None:
+    """It gives the logits of the table as it is stored, and every state counts as one that falls back."""
+    table, hidden = weights(300, 32), weights(20, 32, seed=1)
+    head = StoredHead(Matrix.of(table), FLOAT, None, tmp_path)
+    assert np.abs(head.logits(hidden) - hidden @ table.T).max() < 1e-4
+    assert head.figures(hidden) == {"argmax": 1.0, "top20": 1.0, "kl": 0.0, "fallback": 1.0}
+
+
+def test_a_state_tells_what_a_head_left_out() -> None:
+    """Tokens without a logit lower what is drawn by their odds, and the likeliest one's loss is seen."""
+    exact = np.linspace(0, 10, 100, dtype=np.float32)
+    found = np.where(exact < 5, np.float32(-np.inf), exact)
+    assert State.of(exact, exact) == State(fallback=True, same=True, top=1.0, kl=0.0)
+    assert State.of(exact, found) == State(fallback=False, same=True, top=1.0, kl=0.0)
+    found[-1] = -np.inf
+    lost = State.of(exact, found)
+    odds = 1 / sum(np.exp(-n * 10 / 99 / 0.7) for n in range(20))
+    assert not lost.same
+    assert lost.top == 0.95
+    assert lost.kl == pytest.approx(odds * np.log(odds / 1e-6) + (1 - odds) * np.log(1 - odds), rel=0.05)
 
 
 def test_steps_are_those_of_the_grid(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Measures recipes on one model: the float32 stack once, then the stack as each recipe has it, on the same texts."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -8,14 +7,11 @@ from typing import TypedDict
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
 
-from iotd.convert.graph import GraphWriter
 from iotd.convert.layers import FLOAT, Layers
 from iotd.convert.quality import Divergence, Logits, compare, float_logits, joined, quality
-from iotd.convert.rounding import HEAD
-from iotd.model.session import Threads, open_session
-from yardstick.recipes import Rounded, recipes
+from yardstick.heads import HeadFigures, StoredHead
+from yardstick.recipes import recipes
 from yardstick.sources import Source, find_model
 from yardstick.stacks import open_stack
 from yardstick.texts import Text, cut
@@ -30,7 +26,7 @@ class Report(TypedDict):
 
     bits: float
     texts: list[dict[str, float | str]]
-    head: dict[str, float] | None
+    head: HeadFigures
 
 
 def measure(
@@ -47,8 +43,10 @@ def measure(
         folder = work / name
         folder.mkdir()
         rounded = recipes()[name](source, tokenizer, ids, folder)
-        both = float_logits(reference.embedding()), _logits(rounded, folder)
-        yield Report(bits=rounded.bits, texts=_figures(sequences, expected, rounded.hidden, *both), head=None)
+        head = StoredHead(rounded.stack.embedding(), rounded.rounding, rounded.calibrated, folder)
+        both = float_logits(reference.embedding()), head.logits
+        figures = _figures(sequences, expected, rounded.hidden, *both)
+        yield Report(bits=rounded.bits, texts=figures, head=head.figures(rounded.hidden))
 
 
 def _figures(
@@ -61,15 +59,3 @@ def _figures(
         parts.setdefault(kind, []).extend(compare(expected[rows], found[rows], ids, reference, logits))
         start = rows.stop
     return [msgspec.to_builtins(quality(kind, joined(found))) for kind, found in parts.items()]
-
-
-def _logits(rounded: Rounded, folder: Path) -> Logits:
-    """Of the head as it is stored."""
-    matrix, path = rounded.stack.embedding(), folder / "head.onnx"
-    with GraphWriter(path, rounded.rounding) as graph:
-        graph.output("logits", TensorProto.FLOAT, ("R", matrix.rows))
-        hidden = graph.input("hidden", TensorProto.FLOAT, ("R", matrix.columns))
-        graph.table(HEAD, matrix)
-        graph.matmul(hidden, HEAD, matrix.columns, matrix.rows, out="logits")
-    session = open_session(path, Threads(len(os.sched_getaffinity(0))))
-    return lambda states: session.run(["logits"], {"hidden": states})[0]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iotd.convert.calibrate import Calibrator
+from iotd.convert.coarse import HiddenStates
 from iotd.convert.convert import RECIPES, THOROUGH
 from iotd.convert.layers import FLOAT, Layers
 from iotd.convert.rounding import Nearest, Rounding
@@ -39,8 +40,8 @@ class Rounded:
     """float32 [n, D]: the states of all texts behind the last norm."""
     bits: float
     """Of a weight in the files, scales and the table included."""
-    fit: Floats | None = None
-    """The same of the texts that it was calibrated on."""
+    calibrated: HiddenStates | None = None
+    """Those of the texts that it was calibrated on; None where it was not."""
 
 
 Round = Callable[[Source, Calibrating, Sequence[Ints], Path], Rounded]
@@ -75,11 +76,13 @@ def _calibrated(recipe: Recipe) -> Round:
     def round_(source: Source, tokenizer: Calibrating, texts: Sequence[Ints], work: Path) -> Rounded:
         sizes = Sizes()
         stack = open_stack(source, sizes.note)
-        fit = [tokenizer.begun(text.ids) for text in sequences(tokenizer, None, n_tokens=THOROUGH.n_tokens).fit]
+        known = sequences(tokenizer, None, n_tokens=THOROUGH.n_tokens, seed=THOROUGH.seed)
+        fit, held = ([tokenizer.begun(text.ids) for text in part] for part in (known.fit, known.held))
         calibrated = msgspec.structs.replace(recipe, calibrated=True)
-        found = Calibrator(stack, [*fit, *texts], len(fit), calibrated, work).run()
-        n = sum(map(len, fit))
-        return Rounded(stack, found.rounding, found.hidden[n:], sizes.bits(found.rounding), found.hidden[:n])
+        found = Calibrator(stack, [*fit, *held, *texts], len(fit), calibrated, work).run()
+        of_fit, of_held, of_texts = np.split(found.hidden, np.cumsum([sum(map(len, part)) for part in (fit, held)]))
+        bits = sizes.bits(found.rounding)
+        return Rounded(stack, found.rounding, of_texts, bits, HiddenStates(of_fit, of_held))
 
     return round_
 
