@@ -92,13 +92,10 @@ def convert(
     if size and size not in N_PARAMETERS:
         raise click.BadParameter(f"{size!r} is none of {', '.join(N_PARAMETERS)}", param_hint="--random")
     n_elements = N_PARAMETERS[size] if size else Checkpoint(paths[0]).n_elements
-    options: Options = {
-        "recipe": recipe,
-        "vision": not no_vision,
-        "shortlist": _shortlist(languages, texts),
-        "calibration": _calibration(calibrate or ("none" if size else "texts"), own),
-    }
-    with progress("converting", n_steps(n_elements, recipe, options["calibration"]), as_json) as advance:
+    shortlist = _shortlist(languages, texts)
+    calibration = _calibration(calibrate or ("none" if size else "texts"), own)
+    options = Options(recipe=recipe, vision=not no_vision, shortlist=shortlist, calibration=calibration)
+    with progress("converting", n_steps(n_elements, recipe, calibration), as_json) as advance:
         if size:
             made = convert_random(size, paths[0], **options, seed=seed, progress=advance)
         else:
@@ -137,14 +134,10 @@ def pull(
         from iotd.convert.checkpoint import Checkpoint
         from iotd.convert.convert import convert_checkpoint, n_steps
         from iotd.convert.hub import fetch
-    options: Options = {
-        "recipe": recipe,
-        "vision": not no_vision,
-        "shortlist": _shortlist(languages, texts),
-        "calibration": _calibration(calibrate or "texts", own),
-    }
+    shortlist, calibration = _shortlist(languages, texts), _calibration(calibrate or "texts", own)
+    options = Options(recipe=recipe, vision=not no_vision, shortlist=shortlist, calibration=calibration)
     folder, source = fetch(repo, revision)
-    steps = n_steps(Checkpoint(folder).n_elements, recipe, options["calibration"])
+    steps = n_steps(Checkpoint(folder).n_elements, recipe, calibration)
     with progress("converting", steps, as_json) as advance:
         made = convert_checkpoint(folder, out, **options, source=source, progress=advance)
     _tell_package(out, made, as_json)

@@ -1,7 +1,6 @@
 """Conversion from a checkpoint to a model package: written beside its place, then renamed: none is half done."""
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from iotd.convert.coarse import MEASURED_STATES, HiddenStates
 from iotd.convert.decoder import DecoderWriter
 from iotd.convert.graph import GraphWriter
 from iotd.convert.head import head_matrix, write_head
-from iotd.convert.quality import Divergence, compare, float_logits, joined, quality
+from iotd.convert.quality import by_kind, compare, float_logits
 from iotd.convert.rounding import EMBEDDING, Nearest, Rounding
 from iotd.convert.samples import Texts, sequences
 from iotd.convert.shortlist import Choice
@@ -53,6 +52,7 @@ from iotd.model.session import Threads, open_session
 from iotd.model.spec import ModelSpec
 from iotd.model.tokenizer import Tokenizer
 
+Floats = NDArray[np.float32]
 RECIPES = {
     "int4": Recipe(name="int4", bits=4, vision_bits=8, block=64),
     "int4-128": Recipe(name="int4-128", bits=4, vision_bits=8, block=128),
@@ -206,7 +206,7 @@ class _Conversion:
                 n_fit = sum(len(text.ids) for text in texts.fit)
                 hidden = HiddenStates(found.hidden[:n_fit], found.hidden[n_fit:])
                 tables = self._write_graphs(folder, spec, found.rounding, shortlist, hidden)
-                figures = self._quality(folder, spec, texts, found, shortlist)
+                figures = self._quality(folder, spec, texts, found.reference[n_fit:], hidden.held, shortlist)
                 return self._write_manifest(folder, spec, *tables, figures)
 
     @property
@@ -227,22 +227,23 @@ class _Conversion:
         return Calibrator(stack, ids, len(texts.fit), self._recipe, work, advance).run()
 
     def _quality(
-        self, folder: Path, spec: ModelSpec, texts: Texts, found: Calibrated, shortlist: Sequence[int] | None
+        self,
+        folder: Path,
+        spec: ModelSpec,
+        texts: Texts,
+        reference: Floats,
+        found: Floats,
+        shortlist: Sequence[int] | None,
     ) -> tuple[Quality, ...]:
-        """Of the layers as they were calibrated and the head as it was written, on the texts that were held back."""
-        session = open_session(folder / HEAD, Threads(len(os.sched_getaffinity(0))))
-        reference = float_logits(head_matrix(spec, self._origin.weights(_unheard), shortlist))
-        parts: dict[str, list[Divergence]] = {}
-        start = sum(len(text.ids) for text in texts.fit)
-        for text in texts.held:
-            rows = slice(start, start + len(text.ids))
-            both = found.reference[rows], found.hidden[rows]
-            ids = text.ids if shortlist is None else _at(text.ids, shortlist)
-            parts.setdefault(text.kind, []).extend(
-                compare(*both, ids, reference, lambda hidden: session.run(["logits"], {"hidden": hidden})[0])
-            )
-            start = rows.stop
-        return tuple(quality(kind, joined(found)) for kind, found in parts.items())
+        """Of the layers as they were calibrated and the head as it was written, on the texts that were held back.
+
+        reference, found: the hidden states of those, float32 [n, D], of the original and of the quantised layers.
+        """
+        session = open_session(folder / HEAD, Threads.of_all_cores())
+        held = [(text.kind, text.ids if shortlist is None else _at(text.ids, shortlist)) for text in texts.held]
+        exact = float_logits(head_matrix(spec, self._origin.weights(_unheard), shortlist))
+        parts = compare(held, reference, found, exact, lambda x: session.run(["logits"], {"hidden": x})[0])
+        return tuple(by_kind(parts))
 
     def _write_graphs(
         self,

@@ -1,6 +1,5 @@
 """From hidden states to logits: the exact head, and where it pays a coarse one beside it (`convert.coarse`)."""
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -52,7 +51,7 @@ def write_head(
         return HeadEntry(
             rows=matrix.rows, table=table, exact_because="the checkpoint was converted without calibration"
         )
-    open_graph = partial(open_session, threads=Threads(len(os.sched_getaffinity(0))))
+    open_graph = partial(open_session, threads=Threads.of_all_cores())
     exact = _written(folder, HeadEntry(rows=matrix.rows, table=table), matrix.columns, open_graph)
     coarse, because = write_coarse(folder, exact, rounding, hidden, open_graph, keep=keep)
     return HeadEntry(rows=matrix.rows, table=table, coarse=coarse, exact_because=because)

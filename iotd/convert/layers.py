@@ -1,6 +1,5 @@
 """Runs a model layer by layer over texts, in onnxruntime, from what `convert.stack` writes of it."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ class Layers:
         self._texts = texts
         self._ends = np.cumsum([len(text) for text in texts])
         self._folder = work / "piece"
-        self._threads = Threads(len(os.sched_getaffinity(0)))
+        self._threads = Threads.of_all_cores()
 
     def embedded(self, rounding: Rounding) -> Floats:
         """The texts' embeddings, as the table has them when it is rounded."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from iotd.convert.quantize import Blocks, dequantize
 from iotd.errors import PackageError
 from iotd.model.package import DECODER
+from iotd.model.table import SCALES, widened
 
 Floats = NDArray[np.float32]
 
@@ -38,11 +39,8 @@ class Packaged:
         """What the codes stand for, float32 [rows, columns]."""
         sides = self._sides[name]
         codes = self._read(f"{name}.codes", np.dtype(np.uint8))
-        kept = self._stored[f"{name}.scales"].data_type
-        if kept == onnx.TensorProto.FLOAT:
-            scales = self._read(f"{name}.scales", np.dtype("<f4"))
-        else:
-            scales = (self._read(f"{name}.scales", np.dtype("<u2")).astype(np.uint32) << np.uint32(16)).view(np.float32)
+        kept = "float32" if self._stored[f"{name}.scales"].data_type == onnx.TensorProto.FLOAT else "bfloat16"
+        scales = widened(self._read(f"{name}.scales", SCALES[kept]))
         return dequantize(Blocks(codes, scales, sides["bits"], sides["K"]))
 
     def _read(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:

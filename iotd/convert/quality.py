@@ -49,9 +49,34 @@ def divergence(reference: Floats, found: Floats, targets: Ints) -> Divergence:
     )
 
 
-def joined(parts: Iterable[Divergence]) -> Divergence:
+def by_kind(parts: Iterable[tuple[str, Divergence]]) -> list[Quality]:
+    """The figures of each kind of text, of all its parts together."""
+    kinds: dict[str, list[Divergence]] = {}
+    for kind, part in parts:
+        kinds.setdefault(kind, []).append(part)
+    return [_quality(kind, _joined(found)) for kind, found in kinds.items()]
+
+
+def compare(
+    texts: Iterable[tuple[str, Ints]], reference: Floats, found: Floats, reference_logits: Logits, logits: Logits
+) -> Iterator[tuple[str, Divergence]]:
+    """By the hidden states behind each token of some texts, float32 [n, D], text after text; ROWS positions at a time.
+
+    texts: kind and tokens, int64 [T], of each.
+    """
+    start = 0
+    for kind, ids in texts:
+        judged = scored(len(ids))
+        for first in range(judged.start, judged.stop, ROWS):
+            last = min(first + ROWS, judged.stop)
+            rows = slice(start + first, start + last)
+            both = reference_logits(reference[rows]), logits(found[rows])
+            yield kind, divergence(*both, ids[first + 1 : last + 1])
+        start += len(ids)
+
+
+def _joined(found: list[Divergence]) -> Divergence:
     """Behind each other."""
-    found = list(parts)
     return Divergence(
         np.concatenate([part.kld for part in found]),
         np.concatenate([part.agree for part in found]),
@@ -60,8 +85,7 @@ def joined(parts: Iterable[Divergence]) -> Divergence:
     )
 
 
-def quality(kind: str, found: Divergence) -> Quality:
-    """The figures of one kind of text."""
+def _quality(kind: str, found: Divergence) -> Quality:
     return Quality(
         kind=kind,
         n_tokens=len(found.kld),
@@ -77,16 +101,6 @@ def quality(kind: str, found: Divergence) -> Quality:
 def scored(length: int) -> slice:
     """Of a text of so many tokens, the positions whose next token is judged."""
     return slice(min(FIRST, length - 1), length - 1)
-
-
-def compare(
-    reference: Floats, found: Floats, ids: Ints, reference_logits: Logits, logits: Logits
-) -> Iterator[Divergence]:
-    """Of one text, by the hidden states behind each of its tokens, float32 [T, D], ROWS positions at a time."""
-    part = scored(len(ids))
-    for start in range(part.start, part.stop, ROWS):
-        rows = slice(start, min(start + ROWS, part.stop))
-        yield divergence(reference_logits(reference[rows]), logits(found[rows]), ids[rows.start + 1 : rows.stop + 1])
 
 
 def float_logits(head: Matrix) -> Logits:

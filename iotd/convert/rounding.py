@@ -47,8 +47,7 @@ class Nearest:
         if name.startswith("vision."):
             return Grid(recipe.vision_bits, recipe.block)
         # A table of its own costs nothing but space on disk, as its rows are read one by one.
-        finer = name == EMBEDDING or any(part in name for part in recipe.finer)
-        return Grid(8 if finer and recipe.bits == 4 else recipe.bits, recipe.block)
+        return Grid(8 if name == EMBEDDING and recipe.bits == 4 else recipe.bits, recipe.block)
 
     def blocks(self, name: str, weight: Matrix) -> Iterable[Blocks]:
         grid = self.grid(name)

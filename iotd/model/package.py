@@ -49,8 +49,6 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     bits: Bits
     vision_bits: Bits
     block: Block = 32
-    finer: tuple[str, ...] = ()
-    """Parts of the names of matrices that have 8 bits all the same."""
     calibrated: bool = False
     """Rounded so that what the matrices compute changes least; else each weight to the nearest level."""
 

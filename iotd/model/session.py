@@ -23,6 +23,11 @@ class Threads:
     affinity: bool = False
     """Each of those started keeps to a core of its own: the last ones, as the first is busiest with everything else."""
 
+    @classmethod
+    def of_all_cores(cls) -> "Threads":
+        """One for each core that this process may use: for work that nothing else waits for."""
+        return cls(len(os.sched_getaffinity(0)))
+
     @property
     def entries(self) -> dict[str, str]:
         """In onnxruntime's words."""

@@ -66,7 +66,7 @@ class RowTable:
             return
         if self._bits == 4:
             codes = np.stack([codes & 0x0F, codes >> 4], axis=-1).reshape(*codes.shape[:2], -1)
-        scales = _widened(self._scales.read(token_ids))
+        scales = widened(self._scales.read(token_ids))
         values = (codes.astype(np.float32) - (1 << (self._bits - 1))) * scales[..., None]
         out[...] = values.reshape(len(token_ids), -1)[:, : self._columns]
 
@@ -92,7 +92,7 @@ class RowTable:
         padded = np.zeros((blocks, self._block), np.float32)
         padded.reshape(-1)[: self._columns] = vector
         sums = np.einsum("nbk,bk->nb", values.reshape(n, blocks, -1), padded)
-        products: Floats = np.einsum("nb,nb->n", sums, _widened(scales[0]))
+        products: Floats = np.einsum("nb,nb->n", sums, widened(scales[0]))
         return products
 
 
@@ -103,7 +103,7 @@ def _behind(first: NDArray[np.int64], token_ids: NDArray[np.int64]) -> NDArray[n
     return np.where(listed, at, len(first) + token_ids - at)
 
 
-def _widened(scales: NDArray[Any]) -> Floats:
+def widened(scales: NDArray[Any]) -> Floats:
     """float32 of what is kept as float32, or as the upper half of it."""
     if scales.dtype == np.float32:
         return scales

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from iotd.convert.convert import open_stack
 from iotd.convert.layers import FLOAT, Layers
 from iotd.convert.packaged import Packaged
-from iotd.convert.quality import Divergence, divergence, float_logits, joined, quality, scored
+from iotd.convert.quality import ROWS, Divergence, by_kind, divergence, float_logits, scored
 from iotd.convert.samples import Sequence as Text
 from iotd.convert.samples import sequences
 from iotd.errors import InvalidInput
@@ -29,8 +29,6 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 T = TypeVar("T")
 Advance = Callable[[int], None]
-ROWS = 64
-"""Positions of which logits are in memory at once."""
 LENGTH = 512
 """Tokens of a text that are read behind each other."""
 
@@ -70,13 +68,16 @@ def measure(
     model: Model, texts: Sequence[Text], reference: Iterator[Iterator[Floats]], advance: Advance
 ) -> list[Quality]:
     """reference: of each text the logits at its scored positions, ROWS at a time."""
-    parts: dict[str, list[Divergence]] = {}
-    for text, expected in zip(texts, reference, strict=True):
-        rows, targets = scored(len(text.ids)), text.ids[scored(len(text.ids)).start + 1 :]
-        for n, (wanted, found) in enumerate(zip(expected, logits_along(model, text.ids, rows), strict=True)):
-            parts.setdefault(text.kind, []).append(divergence(wanted, found, targets[n * ROWS : n * ROWS + ROWS]))
-        advance(len(text.ids))
-    return [quality(kind, joined(found)) for kind, found in parts.items()]
+
+    def parts() -> Iterator[tuple[str, Divergence]]:
+        for text, expected in zip(texts, reference, strict=True):
+            rows = scored(len(text.ids))
+            targets = text.ids[rows.start + 1 :]
+            for n, (wanted, found) in enumerate(zip(expected, logits_along(model, text.ids, rows), strict=True)):
+                yield text.kind, divergence(wanted, found, targets[n * ROWS : n * ROWS + ROWS])
+            advance(len(text.ids))
+
+    return by_kind(parts())
 
 
 def logits_along(model: Model, ids: Ints, rows: slice) -> Iterator[Floats]:

@@ -3,7 +3,6 @@
 Knows no text.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -51,7 +50,7 @@ class StoredHead:
         """matrix: [V, D]. calibrated: what a coarse head is made of; None where there is no calibration."""
         spec = _spec(matrix)
         entry = write_head(folder, spec, _Table(matrix), rounding, None, calibrated)
-        opened = partial(open_session, threads=Threads(len(os.sched_getaffinity(0))))
+        opened = partial(open_session, threads=Threads.of_all_cores())
         self._exact = Head(folder, entry, spec, opened, "exact")
         self._chosen = Head(folder, entry, spec, opened, "auto")
 

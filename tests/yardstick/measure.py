@@ -5,20 +5,15 @@ from pathlib import Path
 from typing import TypedDict
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from iotd.convert.layers import FLOAT, Layers
-from iotd.convert.quality import Divergence, Logits, compare, float_logits, joined, quality
+from iotd.convert.quality import by_kind, compare, float_logits
 from yardstick.heads import HeadFigures, StoredHead
 from yardstick.recipes import recipes
 from yardstick.sources import Source, find_model
 from yardstick.stacks import open_stack
 from yardstick.texts import Text, cut
 from yardstick.tokens import Calibrating, open_tokenizer
-
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
 
 
 class Report(TypedDict):
@@ -45,17 +40,6 @@ def measure(
         rounded = recipes()[name](source, tokenizer, ids, folder)
         head = StoredHead(rounded.stack.embedding(), rounded.rounding, rounded.calibrated, folder)
         both = float_logits(reference.embedding()), head.logits
-        figures = _figures(sequences, expected, rounded.hidden, *both)
+        parts = compare(sequences, expected, rounded.hidden, *both)
+        figures = [msgspec.to_builtins(each) for each in by_kind(parts)]
         yield Report(bits=rounded.bits, texts=figures, head=head.figures(rounded.hidden))
-
-
-def _figures(
-    sequences: Sequence[tuple[str, Ints]], expected: Floats, found: Floats, reference: Logits, logits: Logits
-) -> list[dict[str, float | str]]:
-    parts: dict[str, list[Divergence]] = {}
-    start = 0
-    for kind, ids in sequences:
-        rows = slice(start, start + len(ids))
-        parts.setdefault(kind, []).extend(compare(expected[rows], found[rows], ids, reference, logits))
-        start = rows.stop
-    return [msgspec.to_builtins(quality(kind, joined(found))) for kind, found in parts.items()]
