@@ -80,10 +80,14 @@ def own_lines(n: int) -> list[str]:
 def test_every_kind_has_its_share_of_the_tokens_with_any_vocabulary(
     tokenizers: dict[str, Tokenizer], name: str, chat: Any
 ) -> None:
-    """Sequences of just the length that was asked for; a quarter as many are held back."""
-    texts = sequences(chosen(tokenizers, name), chat)
-    for part, n in ((texts.fit, 32), (texts.held, 8)):
-        assert Counter(sequence.kind for sequence in part) == dict.fromkeys(KINDS, n // len(KINDS))
+    """Half of what is fitted to is English prose; a quarter as much is held back, in equal shares.
+
+    All sequences have just the length that was asked for.
+    """
+    texts = sequences(chosen(tokenizers, name), chat, n_tokens=16384)
+    expected = {"prose": 15, "languages": 5, "sensor": 6, "chat": 6}, dict.fromkeys(KINDS, 2)
+    for part, n in zip((texts.fit, texts.held), expected, strict=True):
+        assert Counter(sequence.kind for sequence in part) == n
         assert all(sequence.ids.shape == (512,) and sequence.ids.dtype == np.int64 for sequence in part)
 
 

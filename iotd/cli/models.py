@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 RECIPE = click.option(
     "--recipe",
-    type=click.Choice(["int4", "int4-32", "int4-128", "int8", "fp32"]),
+    type=click.Choice(["int4", "int4-64", "int4-128", "int8", "fp32"]),
     default="int4",
     show_default=True,
     help="Of the weights: bits, and how many of them share a scale. Smaller blocks are truer, and larger to read.",

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from iotd import __version__
 from iotd.convert import random
+from iotd.convert.balance import Balanced
 from iotd.convert.beside import beside, work_folder
 from iotd.convert.calibrate import Calibrated, Calibrator
 from iotd.convert.chat import compile_chat
@@ -54,9 +55,9 @@ from iotd.model.tokenizer import Tokenizer
 
 Floats = NDArray[np.float32]
 RECIPES = {
-    "int4": Recipe(name="int4", bits=4, vision_bits=8, block=64),
+    "int4": Recipe(name="int4", bits=4, vision_bits=8, block=32),
+    "int4-64": Recipe(name="int4-64", bits=4, vision_bits=8, block=64),
     "int4-128": Recipe(name="int4-128", bits=4, vision_bits=8, block=128),
-    "int4-32": Recipe(name="int4-32", bits=4, vision_bits=8, block=32),
     "int8": Recipe(name="int8", bits=8, vision_bits=8),
     "fp32": Recipe(name="fp32", bits=32, vision_bits=32),
 }
@@ -222,7 +223,7 @@ class _Conversion:
     def _calibrate(self, spec: ModelSpec, texts: Texts, work: Path) -> Calibrated:
         steps = PASSES * self._origin.n_elements
         ids = [text.ids for text in (*texts.fit, *texts.held)]
-        stack = TextStack(spec, self._origin.weights(_unheard))
+        stack = TextStack(spec, self._weights(spec))
         advance = lambda part: self._progress(round(part * steps))  # noqa: E731
         return Calibrator(stack, ids, len(texts.fit), self._recipe, work, advance).run()
 
@@ -241,9 +242,13 @@ class _Conversion:
         """
         session = open_session(folder / HEAD, Threads.of_all_cores())
         held = [(text.kind, text.ids if shortlist is None else _at(text.ids, shortlist)) for text in texts.held]
-        exact = float_logits(head_matrix(spec, self._origin.weights(_unheard), shortlist))
+        exact = float_logits(head_matrix(spec, self._weights(spec), shortlist))
         parts = compare(held, reference, found, exact, lambda x: session.run(["logits"], {"hidden": x})[0])
         return tuple(by_kind(parts))
+
+    def _weights(self, spec: ModelSpec, progress: Progress = _unheard) -> Weights:
+        weights = self._origin.weights(progress)
+        return weights if self._calibration is None else Balanced(weights, spec)
 
     def _write_graphs(
         self,
@@ -254,7 +259,7 @@ class _Conversion:
         hidden: HiddenStates | None,
     ) -> tuple[TableEntry, HeadEntry]:
         """Returns where the rows of embedding and head lie, which are the same where they are tied."""
-        weights = self._origin.weights(self._progress)
+        weights = self._weights(spec, self._progress)
         head = write_head(folder, spec, weights, rounding, shortlist, hidden, keep=self._measured_only)
         embedding = head.table
         with GraphWriter(folder / DECODER, rounding) as graph:

@@ -18,6 +18,7 @@ from iotd.convert.samples import sequences
 from iotd.convert.stack import Stack
 from iotd.convert.weights import Matrix, slices
 from iotd.model.package import Recipe
+from yardstick.balance import Balanced
 from yardstick.grids import mixture, on_grid
 from yardstick.sources import Source
 from yardstick.stacks import open_stack
@@ -75,7 +76,7 @@ def _calibrated(recipe: Recipe) -> Round:
 
     def round_(source: Source, tokenizer: Calibrating, texts: Sequence[Ints], work: Path) -> Rounded:
         sizes = Sizes()
-        stack = open_stack(source, sizes.note)
+        stack = open_stack(Balanced(source), sizes.note)
         known = sequences(tokenizer, None, n_tokens=THOROUGH.n_tokens, seed=THOROUGH.seed)
         fit, held = ([tokenizer.begun(text.ids) for text in part] for part in (known.fit, known.held))
         calibrated = msgspec.structs.replace(recipe, calibrated=True)

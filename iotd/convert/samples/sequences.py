@@ -24,6 +24,11 @@ OWN = "own"
 _OWN_SHARE = 1 / 3
 _HELD_SHARE = 1 / 4
 """Tokens that are held back, of those that are fitted to."""
+_SHARES: dict[Part, dict[str, float]] = {
+    "fit": {"prose": 1 / 2, "languages": 1 / 6, "sensor": 1 / 6, "chat": 1 / 6},
+    "held": dict.fromkeys(KINDS, 1 / 4),
+}
+"""Of the tokens that are not the user's. English prose says most about what a real model's channels do."""
 _LEAST_LENGTH = 32
 
 
@@ -97,9 +102,10 @@ class _Maker:
         n = self._n_tokens // length
         writer = Writer(self._tokenizer, self._chat, self._part, length)
         made = {OWN: self._own(own, writer, n, length)} if own is not None else {}
-        share = (n - len(made.get(OWN, []))) // len(KINDS)
+        n_more, shares = n - len(made.get(OWN, [])) - len(KINDS), _SHARES[self._part]
         for kind, groups in (("prose", registers), ("languages", languages)):
-            texts = packed(groups(self._part), self._tokenizer, self._random(kind), n_sequences=share, length=length)
+            most = 1 + int(n_more * shares[kind])
+            texts = packed(groups(self._part), self._tokenizer, self._random(kind), n_sequences=most, length=length)
             made[kind] = [*texts]
         rest = n - sum(map(len, made.values()))  # where the texts end, more lines follow
         made["sensor"] = [*writer.sensor_lines(self._random("sensor"), rest // 2)]
