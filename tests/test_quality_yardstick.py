@@ -293,7 +293,6 @@ def test_steps_are_those_of_the_grid(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.xfail(reason="of sensor lines it is nearer, of prose and chat not yet", strict=False)
 @pytest.mark.parametrize("model", ["smollm2-135m", "gemma3-270m"])
 def test_the_default_recipe_is_no_further_from_float32_than_q4_k_m_at_no_more_bits(model: str) -> None:
     """On each kind of text, with everything quantised and int8 activations; minutes."""
