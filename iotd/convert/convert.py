@@ -55,10 +55,10 @@ from iotd.model.tokenizer import Tokenizer
 
 Floats = NDArray[np.float32]
 RECIPES = {
-    "int4": Recipe(name="int4", bits=4, vision_bits=8, block=32),
-    "int4-64": Recipe(name="int4-64", bits=4, vision_bits=8, block=64),
-    "int4-128": Recipe(name="int4-128", bits=4, vision_bits=8, block=128),
-    "int8": Recipe(name="int8", bits=8, vision_bits=8),
+    "int4": Recipe(name="int4", bits=4, vision_bits=16, block=32),
+    "int4-64": Recipe(name="int4-64", bits=4, vision_bits=16, block=64),
+    "int4-128": Recipe(name="int4-128", bits=4, vision_bits=16, block=128),
+    "int8": Recipe(name="int8", bits=8, vision_bits=16),
     "fp32": Recipe(name="fp32", bits=32, vision_bits=32),
 }
 PASSES = 4

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from iotd.convert.rounding import Grid, Rounding
 from iotd.convert.weights import Matrix, slices
+from iotd.errors import CheckpointError
 from iotd.model.package import TableEntry
 
 MS = "com.microsoft"
@@ -88,6 +89,8 @@ class GraphWriter:
     ) -> str:
         """Store a weight and multiply by it: x [..., columns] · weightᵀ (+ bias) → [..., rows]."""
         self.linears[name] = Linear(x, weight)
+        if self._rounding.grid(name).bits == 16:
+            return self._product(x, self._halves(name, weight), name, bias, out)
         self.table(name, weight)
         return self.matmul(x, name, weight.columns, weight.rows, bias=bias, out=out)
 
@@ -97,8 +100,7 @@ class GraphWriter:
         """Multiply by a matrix that `table` stored."""
         grid = self._rounding.grid(name)
         if grid.bits == 32:
-            product = self.op("FusedMatMul", x, name, out="" if bias is not None else out, domain=MS, transB=1)
-            return product if bias is None else self.op("Add", product, self.constant(f"{name}.bias", bias), out=out)
+            return self._product(x, name, name, bias, out)
         # Kept in 16 bits, and widened once when the graph is opened: the kernel takes float32 only.
         scales = self.op("Cast", f"{name}.scales", to=TensorProto.FLOAT)
         inputs = [x, f"{name}.codes", scales]
@@ -108,7 +110,10 @@ class GraphWriter:
         return self.op("MatMulNBits", *inputs, out=out, domain=MS, accuracy_level=4, **sizes)
 
     def table(self, name: str, weight: Matrix, n_used: int | None = None) -> TableEntry:
-        """Store a matrix as it is to be rounded, and say where it lies. n_used: the graph has its first rows alone."""
+        """Store a matrix as it is to be rounded, and say where it lies. n_used: the graph has its first rows alone.
+
+        Not for float16, of which no rows are looked up.
+        """
         grid, rows = self._rounding.grid(name), n_used or weight.rows
         codes_offset = self._align()
         if grid.bits == 32:
@@ -128,6 +133,26 @@ class GraphWriter:
         shape = (rows, scales[0].shape[1])
         self._declare(f"{name}.scales", TensorProto.BFLOAT16, shape, scales_offset, of=weight.rows)
         return self._entry(grid, codes_offset, scales_offset)
+
+    def _halves(self, name: str, weight: Matrix) -> str:
+        """Store a matrix in float16, and widen it whenever it is multiplied by.
+
+        To onnxruntime it is an input that has a value: a constant would be widened when the graph is opened, and stay
+        in memory in both forms. It stands first among the nodes because onnxruntime runs those that wait for nothing
+        in the opposite order, each just before it is needed: one wide matrix is in memory at a time.
+        """
+        offset, shape = self._align(), (weight.rows, weight.columns)
+        for start, stop in slices(weight):
+            self._data.write(halves(name, weight.read(start, stop)).tobytes())
+        self._declare(name, TensorProto.FLOAT16, shape, offset)
+        self.input(name, TensorProto.FLOAT16, shape)
+        wide = f"{name}.wide"
+        self._nodes.insert(0, helper.make_node("Cast", [name], [wide], name=f"Cast/{wide}", to=TensorProto.FLOAT))
+        return wide
+
+    def _product(self, x: str, weight: str, name: str, bias: NDArray[np.float32] | None, out: str) -> str:
+        product = self.op("FusedMatMul", x, weight, out="" if bias is not None else out, domain=MS, transB=1)
+        return product if bias is None else self.op("Add", product, self.constant(f"{name}.bias", bias), out=out)
 
     def show(self, value: str, *shape: int | str) -> None:
         """Make an output, float32, of a value that is one of a node."""
@@ -152,6 +177,7 @@ class GraphWriter:
         self.path.write_bytes(model.SerializeToString())
 
     def _entry(self, grid: Grid, codes_offset: int, scales_offset: int) -> TableEntry:
+        assert grid.bits != 16
         return TableEntry(
             file=self.data_path.name,
             bits=grid.bits,
@@ -179,6 +205,15 @@ class GraphWriter:
         for key, value in (("location", self.data_path.name), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
         self._initializers[name] = tensor
+
+
+def halves(name: str, weight: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Rounded to float16. Raises CheckpointError where its range is too small."""
+    with np.errstate(over="ignore"):
+        found = weight.astype("<f2")
+    if not np.isfinite(found).all():
+        raise CheckpointError(f"{name} holds weights beyond float16's {np.finfo(np.float16).max:.0f}: convert to fp32")
+    return found
 
 
 def bfloat16(scales: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -13,7 +13,7 @@ import numpy as np
 from iotd.convert.gptq import Statistics, gptq
 from iotd.convert.quantize import Blocks, quantize
 from iotd.convert.weights import Matrix, slices
-from iotd.model.package import Bits, Block, Recipe
+from iotd.model.package import Block, Recipe, VisionBits
 
 EMBEDDING = "text.embed_tokens"
 HEAD = "head"
@@ -22,9 +22,9 @@ HEAD = "head"
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Whole numbers of `bits`, of a scale for each `block` of a row; with 32 bits the matrix stays float32."""
+    """Whole numbers of `bits`, of a scale for each `block` of a row; with 16 or 32 bits floats of that many."""
 
-    bits: Bits
+    bits: VisionBits
     block: Block
 
 

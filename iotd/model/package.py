@@ -28,6 +28,7 @@ CHAT = "chat.json"
 
 
 Bits = Literal[4, 8, 32]
+VisionBits = Literal[4, 8, 16, 32]
 Block = Literal[16, 32, 64, 128, 256]
 Offset = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -43,11 +44,12 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
-    """How the large matrices are stored. `bits` 32 keeps them float32; `block` is along the input axis."""
+    """How the large matrices are stored. With 32 bits they stay float32; `block` is along the input axis."""
 
     name: str
     bits: Bits
-    vision_bits: Bits
+    vision_bits: VisionBits
+    """16: float16, multiplied in float32."""
     block: Block = 32
     calibrated: bool = False
     """Rounded so that what the matrices compute changes least; else each weight to the nearest level."""
