@@ -48,12 +48,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refusal(checkpoint: Path, **options: Any) -> str:
+def refusal(checkpoint: Path, recipe: str = "fp32", **options: Any) -> str:
     """What a conversion says that must fail, leaving everything around it as it was."""
     out = checkpoint.parent / "out"
     before = contents(checkpoint.parent), set(checkpoint.parent.iterdir())
     with pytest.raises(CheckpointError) as caught:
-        convert_checkpoint(checkpoint, out, recipe="fp32", **options)
+        convert_checkpoint(checkpoint, out, recipe=recipe, **options)
     assert (contents(checkpoint.parent), set(checkpoint.parent.iterdir())) == before
     said = str(caught.value)
     assert said and "\n" not in said and len(said) < 400
@@ -213,6 +213,13 @@ def test_what_cannot_be_converted_is_refused_in_one_sentence(name: str, checkpoi
     change(checkpoint)
     said = refusal(checkpoint)
     assert re.search(expected, said), said
+
+
+def test_what_float16_cannot_hold_is_refused_where_the_vision_tower_is_kept_in_it(checkpoint: Path) -> None:
+    tensor("model.visual.blocks.1.attn.proj.weight", lambda values: np.full_like(values, 1e5))(checkpoint)
+    said = refusal(checkpoint, "int4")
+    assert "vision.blocks.1.attn.proj holds weights beyond float16's 65504: convert with the recipe fp32" in said
+    convert_checkpoint(checkpoint, checkpoint.parent / "package", recipe="fp32")
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

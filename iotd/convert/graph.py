@@ -212,7 +212,8 @@ def halves(name: str, weight: NDArray[np.float32]) -> NDArray[np.float16]:
     with np.errstate(over="ignore"):
         found = weight.astype("<f2")
     if not np.isfinite(found).all():
-        raise CheckpointError(f"{name} holds weights beyond float16's {np.finfo(np.float16).max:.0f}: convert to fp32")
+        largest = np.finfo(np.float16).max
+        raise CheckpointError(f"{name} holds weights beyond float16's {largest:.0f}: convert with the recipe fp32")
     return found
 
 
