@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from checkpoints import GOLDEN
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from iotd.demo.scene import KINDS, draw
 from iotd.events import RGB
 from iotd.model.package import VISION, Recipe, read_manifest
 from iotd.model.session import Threads, open_session
+from iotd.model.spec import VisionSpec
 from iotd.model.vision import VisionEncoder
 
 Floats = NDArray[np.float32]
@@ -94,7 +94,7 @@ def test_twins_have_what_8_bits_cannot_hold(
 def test_no_kernel_rounds_what_weights_are_multiplied_by(tmp_path: Path) -> None:
     """Processors differ in how they do that: the graph has the operators of the float32 one, and widens its weights."""
     exact, found = (operators(convert(CHECKPOINT, tmp_path / recipe, recipe)) for recipe in ("fp32", "int4"))
-    assert found - exact == {"Cast"}
+    assert found - exact == {"Shape", "Sub", "Reshape", "Cast"} - exact
 
 
 def operators(package: Path) -> set[str]:
@@ -102,18 +102,21 @@ def operators(package: Path) -> set[str]:
 
 
 def test_one_matrix_at_a_time_is_in_memory_as_float32(shown: list[RGB], tmp_path: Path) -> None:
-    """As onnxruntime runs the graph: each is widened just before the product that it is for."""
+    """Each is widened just before its product, whether the graph is opened as it is or as it was once optimised."""
     package = convert(CHECKPOINT, tmp_path / "package", "int4")
+    optimised = package / "optimised.onnx"  # beside the weights that it names
+    open_session(package / VISION, Threads(1), save_as=optimised)
     spec = read_manifest(package).spec.vision
     assert spec is not None
-    opened: list[ort.InferenceSession] = []
+    for path in (package / VISION, optimised):
+        ran = run_profiled(package, spec, path, shown[0])
+        after = [second for first, second in pairwise(ran) if first == "Cast"]
+        assert after == ["FusedMatMul"] * (4 * spec.depth + 3)
 
-    def profiled(path: Path) -> ort.InferenceSession:
-        opened.append(open_session(path, Threads(1), profile=tmp_path / "profile"))
-        return opened[0]
 
-    VisionEncoder(package, spec, profiled, MOST_PIXELS).encode(shown[0])
-    events = json.loads(Path(opened[0].end_profiling()).read_text())
-    ran = [event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time")]
-    widened = [after for before, after in pairwise(ran) if before == "Cast"]
-    assert widened == ["FusedMatMul"] * (4 * spec.depth + 3)
+def run_profiled(package: Path, spec: VisionSpec, graph: Path, picture: RGB) -> list[str]:
+    """The operators in the order in which they run."""
+    session = open_session(graph, Threads(1), profile=graph.with_suffix(".profile"))
+    VisionEncoder(package, spec, lambda _: session, MOST_PIXELS).encode(picture)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    return [event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time")]

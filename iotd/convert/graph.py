@@ -90,7 +90,7 @@ class GraphWriter:
         """Store a weight and multiply by it: x [..., columns] · weightᵀ (+ bias) → [..., rows]."""
         self.linears[name] = Linear(x, weight)
         if self._rounding.grid(name).bits == 16:
-            return self._product(x, self._halves(name, weight), name, bias, out)
+            return self._product(x, self._halves(name, weight, x), name, bias, out)
         self.table(name, weight)
         return self.matmul(x, name, weight.columns, weight.rows, bias=bias, out=out)
 
@@ -134,21 +134,18 @@ class GraphWriter:
         self._declare(f"{name}.scales", TensorProto.BFLOAT16, shape, scales_offset, of=weight.rows)
         return self._entry(grid, codes_offset, scales_offset)
 
-    def _halves(self, name: str, weight: Matrix) -> str:
-        """Store a matrix in float16, and widen it whenever it is multiplied by.
+    def _halves(self, name: str, weight: Matrix, x: str) -> str:
+        """Store a matrix in float16, and widen it each time that x is there to be multiplied by it.
 
-        To onnxruntime it is an input that has a value: a constant would be widened when the graph is opened, and stay
-        in memory in both forms. It stands first among the nodes because onnxruntime runs those that wait for nothing
-        in the opposite order, each just before it is needed: one wide matrix is in memory at a time.
+        It is reshaped to what it is, by a shape [0, 0] that x must be known for. Else onnxruntime would widen it once
+        when the graph is opened and keep that in memory, or all matrices at the beginning of each run.
         """
-        offset, shape = self._align(), (weight.rows, weight.columns)
+        offset = self._align()
         for start, stop in slices(weight):
             self._data.write(halves(name, weight.read(start, stop)).tobytes())
-        self._declare(name, TensorProto.FLOAT16, shape, offset)
-        self.input(name, TensorProto.FLOAT16, shape)
-        wide = f"{name}.wide"
-        self._nodes.insert(0, helper.make_node("Cast", [name], [wide], name=f"Cast/{wide}", to=TensorProto.FLOAT))
-        return wide
+        self._declare(name, TensorProto.FLOAT16, (weight.rows, weight.columns), offset)
+        shape = self.op("Shape", x, start=-2)
+        return self.op("Cast", self.op("Reshape", name, self.op("Sub", shape, shape)), to=TensorProto.FLOAT)
 
     def _product(self, x: str, weight: str, name: str, bias: NDArray[np.float32] | None, out: str) -> str:
         product = self.op("FusedMatMul", x, weight, out="" if bias is not None else out, domain=MS, transB=1)
