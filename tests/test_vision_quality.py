@@ -62,7 +62,7 @@ def same(_tower: Tower) -> None:
 
 
 @pytest.mark.parametrize("change", [same, stretch, swell])
-@pytest.mark.parametrize("source", [CHECKPOINT, GOLDEN / "grouped", GOLDEN / "untied"], ids=lambda path: path.name)
+@pytest.mark.parametrize("source", [CHECKPOINT, GOLDEN / "grouped"], ids=lambda path: path.name)
 def test_every_token_of_a_picture_is_as_in_float32(
     source: Path, change: Callable[[Tower], None], shown: list[RGB], tmp_path: Path
 ) -> None:
