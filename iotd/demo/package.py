@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from iotd import __version__
-from iotd.convert.convert import convert_checkpoint
+from iotd.convert.convert import RECIPES, convert_checkpoint
 from iotd.errors import CheckpointError, PackageError
-from iotd.model.package import Manifest, read_manifest, verify
+from iotd.model.package import Manifest, Recipe, read_manifest, verify
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 RECIPE = "int4"
@@ -20,7 +20,7 @@ def demo_package(say: Callable[[str], None]) -> Path:
 
     Raises CheckpointError where that cannot be done.
     """
-    folder = _cache() / f"demo-{__version__}-{_digest(CHECKPOINT)[:12]}"
+    folder = _cache() / f"demo-{__version__}-{_digest(CHECKPOINT, RECIPES[RECIPE])[:12]}"
     try:
         verify(folder, read_manifest(folder))
     except PackageError:
@@ -42,9 +42,9 @@ def _convert(folder: Path) -> None:
         raise CheckpointError(f"{error}; the demo's model is kept in the cache that XDG_CACHE_HOME names") from error
 
 
-def _digest(checkpoint: Path) -> str:
-    """SHA-256 over the files of a folder and their names, in hexadecimal."""
-    digest = hashlib.sha256()
+def _digest(checkpoint: Path, recipe: Recipe) -> str:
+    """SHA-256 over the recipe, and the files of a folder and their names, in hexadecimal."""
+    digest = hashlib.sha256(repr(recipe).encode())
     for path in sorted(path for path in checkpoint.iterdir() if path.is_file()):
         digest.update(f"{path.name}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
