@@ -151,9 +151,9 @@ def test_texts_are_of_ten_languages_and_mostly_english() -> None:
 
 def test_passages_are_used_up_before_anything_repeats(demo: Tokenizer) -> None:
     """And where they end, lines and conversations fill the rest."""
-    texts = sequences(demo, CHATML, n_tokens=200_000)
+    texts = sequences(demo, CHATML, n_tokens=300_000)
     n = Counter(sequence.kind for sequence in texts.fit)
-    assert n.total() == 200_000 // 512
+    assert n.total() == 300_000 // 512
     assert n["languages"] < n["prose"] < n["sensor"]
     written = demo.decode(token for sequence in texts.fit if sequence.kind == "languages" for token in sequence.ids)
     assert written.count("Der Brunnen im Hof") == 1

@@ -38,7 +38,7 @@ FACTORS = np.exp(1.5 * RNG.standard_normal(HIDDEN)).astype(np.float32)
 """Of the channels: hidden states are large in some, and the rows small there."""
 TURN = np.linalg.qr(RNG.standard_normal((HIDDEN, HIDDEN)))[0].astype(np.float32)
 ROWS = EVEN @ TURN / FACTORS + RNG.standard_normal(HIDDEN).astype(np.float32) / FACTORS
-TOLERANCE = {"fp32": 1e-2, "int4": 2e-2}
+TOLERANCE = {"fp32": 1e-2, "int4-64": 2e-2}
 """Of a logit that was computed alone: logits here are some tens."""
 
 
@@ -76,7 +76,7 @@ def open_head(folder: Path, entry: HeadEntry, choice: HeadChoice = "exact") -> H
     return Head(folder, entry, SPEC, lambda path: open_session(path, Threads(1)), choice)
 
 
-@pytest.fixture(params=["fp32", "int4"])
+@pytest.fixture(params=["fp32", "int4-64"])
 def recipe(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
