@@ -17,6 +17,7 @@ from iotd.model.spec import ModelSpec
 
 SMALLEST = 1e-6
 """Of the largest column: what is smaller is as good as nothing."""
+END = ("text.norm.weight", "head.weight")
 
 
 class Balanced:
@@ -53,18 +54,21 @@ class Balanced:
         return Matrix(matrix.rows, matrix.columns, read)
 
     def _balance(self, name: str) -> None:
-        """Find the factors of the part of the model that a tensor is of."""
-        parts = name.split(".")
-        part = ".".join(parts[:3]) if name.startswith("text.layers.") else name
+        """Find the factors of the part of the model that a tensor is of, unless they are known."""
+        spec = self._spec
+        if name.startswith("text.layers."):
+            part = ".".join(name.split(".")[:3])
+        elif name in END and not spec.tied:  # a tied head's columns are the embedding's, too
+            part = "text.norm"
+        else:
+            return
         if part in self._balanced:
             return
         self._balanced.add(part)
-        if part.startswith("text.layers."):
-            self._balance_layer(part, self._spec.layers[int(parts[2])] == "full")
-        elif part in ("text.norm.weight", "head.weight") and not self._spec.tied:
-            self._balanced |= {"text.norm.weight", "head.weight"}
-            spec = self._spec
-            self._pair("text.norm", {"head": spec.vocab_size}, spec.hidden_size)
+        if part == "text.norm":
+            self._pair(part, {"head": spec.vocab_size}, spec.hidden_size)
+        else:
+            self._balance_layer(part, spec.layers[int(part.rpartition(".")[2])] == "full")
 
     def _balance_layer(self, at: str, full: bool) -> None:
         """What is made of rows first, as those are columns' parts, too."""

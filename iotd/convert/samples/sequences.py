@@ -25,10 +25,10 @@ _OWN_SHARE = 1 / 3
 _HELD_SHARE = 1 / 4
 """Tokens that are held back, of those that are fitted to."""
 _SHARES: dict[Part, dict[str, float]] = {
-    "fit": {"prose": 1 / 2, "languages": 1 / 6, "sensor": 1 / 6, "chat": 1 / 6},
-    "held": dict.fromkeys(KINDS, 1 / 4),
+    "fit": {"prose": 1 / 2, "languages": 1 / 6},
+    "held": {"prose": 1 / 4, "languages": 1 / 4},
 }
-"""Of the tokens that are not the user's. English prose says most about what a real model's channels do."""
+"""Of the tokens that are not the user's; the other kinds halve the rest. English says most of what channels do."""
 _LEAST_LENGTH = 32
 
 
